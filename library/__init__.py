@@ -1,0 +1,1 @@
+"""Polyrank's library. Each subpackage is one layer of docs/architecture.md and imports only downward."""

@@ -1,0 +1,1 @@
+"""FLUX behind one root module: what the trainer calls, and nothing else."""

@@ -1,0 +1,1 @@
+"""Caches of latents and text-encoder outputs in Kohya's file format."""

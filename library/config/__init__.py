@@ -1,0 +1,1 @@
+"""Options: one table of dataclass fields; TOML and command line; checks. Imports no torch."""

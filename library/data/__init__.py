@@ -1,0 +1,1 @@
+"""Samples: records, captions, images, buckets, the plan of an epoch, batches."""

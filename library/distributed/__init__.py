@@ -1,0 +1,1 @@
+"""Ranks behind a Protocol: one process, DDP."""

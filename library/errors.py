@@ -1,0 +1,51 @@
+"""What can go wrong, as types. Raised where it is known, caught once, in `flux_train_network.py`.
+
+A `UserError` is one clear sentence for the person at the screen (what, where, what to do) and exit code 2;
+anything else that escapes is a bug of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """Base of every error that the trainer raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(TrainerError):
+    """Something the user gave cannot be used; shown as one sentence, without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An option or a config file: names the option, its value, where it came from and what is allowed."""
+
+
+class DatasetError(UserError):
+    """A folder, image, caption or metadata file: names the path and how many others share the trouble."""
+
+
+class CheckpointError(UserError):
+    """A model or adapter file that is missing, of another kind, or incomplete."""
+
+
+class NetworkPluginError(UserError):
+    """A network module that is missing, lacks a required function, or matches nothing."""
+
+
+class EnvironmentUnsupported(UserError):
+    """What the machine or an installed package lacks for what was asked."""
+
+
+class TrainingDiverged(TrainerError):
+    """A loss or gradient that is not finite: says step, values and the last good checkpoint."""
+
+    exit_code = 3
+
+
+class Interrupted(TrainerError):
+    """A signal asked the run to stop; its state was written first."""
+
+    exit_code = 4

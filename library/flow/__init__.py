@@ -1,0 +1,1 @@
+"""The flow-matching objective: timesteps, path, loss, draws."""

@@ -1,0 +1,59 @@
+"""Logging, set up once by the entry point. Modules use `logging.getLogger(__name__)` and lazy `%s`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+ROOT = "library"
+
+
+class OnceFilter(logging.Filter):
+    """Let a record marked `extra={"once": True}` through the first time its text is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not getattr(record, "once", False):
+            return True
+        text = record.getMessage()
+        if text in self._seen:
+            return False
+        self._seen.add(text)
+        return True
+
+
+def setup_logging(
+    *, is_main: bool, console: Console, level: str = "INFO", file: Path | None = None, simple: bool = False
+) -> None:
+    """Send the project's records to `console`; other ranks only warn. `level` and the rest are Kohya's console_log_*."""
+    handler: logging.Handler
+    if simple:
+        handler = logging.StreamHandler(console.file)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    else:
+        handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)
+    handlers = [handler]
+    if file is not None:
+        written = logging.FileHandler(file, mode="w", encoding="utf-8")
+        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers.append(written)
+    once = OnceFilter()
+    for name in (ROOT, "networks"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        for one in handlers:
+            one.addFilter(once)
+            logger.addHandler(one)
+        logger.setLevel(level if is_main else logging.WARNING)
+        logger.propagate = False
+
+
+def warn_once(logger: logging.Logger, message: str, *arguments: object) -> None:
+    """Warn the first time this text comes up; later times are silent."""
+    logger.warning(message, *arguments, extra={"once": True})

@@ -1,0 +1,1 @@
+"""The run: composition, loop, checkpoints, events."""
