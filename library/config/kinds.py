@@ -1,16 +1,17 @@
 """The kinds of value an option can have, and how each is read from the command line or a file.
 
-One converter serves both places, so "1e-4" is a number in a file too. Converters raise ValueError with the end
-of a sentence ("is not a number"); the caller knows option and place. Unset values never reach a converter.
+One converter serves both places, so "1e-4" is a number in a file too. Converters raise ValueError with the
+end of a sentence ("is not a number"); the caller knows option and place. Unset values never get here.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 # Prompts for sample images: the path of a prompt file, or the prompts themselves, one a line.
 PromptText = str
@@ -130,6 +131,13 @@ def to_floats(raw: object) -> tuple[float, ...]:
     return tuple(to_float(item) for item in _items(raw))
 
 
+def to_table(raw: object) -> Mapping[str, object]:
+    """A table of free form."""
+    if isinstance(raw, dict):
+        return MappingProxyType(dict(raw))
+    raise ValueError("is not a table")
+
+
 def _items(raw: object) -> tuple[object, ...]:
     return tuple(raw) if isinstance(raw, (list, tuple)) else (raw,)
 
@@ -156,6 +164,7 @@ KINDS = {
     "str": Kind(to_text, "TEXT"),
     "PromptText": Kind(to_prompts, "FILE|TEXT"),
     "Path": Kind(to_path, "PATH"),
+    "Mapping[str, object]": Kind(to_table, "TABLE"),
     "tuple[int, int]": Kind(to_resolution, "W[,H]"),
     "tuple[float, float]": Kind(to_range, "LOW,HIGH"),
     "tuple[str, ...]": Kind(to_texts, "KEY=VALUE", many=True),

@@ -1,7 +1,7 @@
-"""One option is one field of a section dataclass, declared by `option()`: the only source of flag, key and checks.
+"""One option is one field of a section dataclass, declared by `option()`: flag, key and checks come from it.
 
-Names, types and defaults are those of Kohya's FLUX LoRA trainer unless a row is marked `ours`. A row says what
-this version does with it: it is used, accepted without effect, or refused; the last two with the reason.
+Names, types and defaults are those of Kohya's FLUX LoRA trainer unless a row is marked `ours`. A row says
+what this version does with it: it is used, accepted without effect, or refused, and why.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from library.config.kinds import KINDS, Kind, is_unset
 from library.config.names import suggestion
 from library.errors import ConfigError
 
 COMMAND_LINE = "command line"
+UNSET: Final = object()  # what reading gives for a value that stands for "not given"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def option(
     unset: tuple[object, ...] = (),
     ours: bool = False,
 ) -> Any:
-    """Declare an option as a dataclass field. Values in `unset` mean "not given", as empty text always does."""
+    """Declare an option as a dataclass field. Values in `unset` mean "not given", as empty text does."""
     row = Row(default=default, help=text, choices=choices, limit=limit, effect=effect, unset=unset, ours=ours)
     return field(default=default, metadata={"row": row})
 
@@ -111,18 +112,18 @@ class Option:
         return KINDS[self.type]
 
     def read(self, raw: object, place: str) -> object:
-        """The value that `raw`, a word or words of the command line or a value of a file, stands for.
+        """The value that `raw`, a word or words of the command line or a value of a file, stands for, or UNSET.
 
         Raises ConfigError, naming `place`, when it is of another type, out of range or not among the choices.
         """
         if is_unset(raw):
-            return self.row.default
+            return UNSET
         try:
             value = self.kind.convert(raw)
         except ValueError as error:
             raise ConfigError(f"{self.said(raw, place)} {error}") from None
         if value in self.row.unset:
-            return self.row.default
+            return UNSET
         if self.row.choices and value not in self.row.choices:
             allowed = ", ".join(str(choice) for choice in self.row.choices)
             hint = suggestion(str(value), [str(choice) for choice in self.row.choices])

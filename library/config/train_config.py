@@ -55,7 +55,7 @@ class TrainConfig:
 
     @classmethod
     def from_values(cls, values: Mapping[str, object]) -> TrainConfig:
-        """The config with these options, by their flat names and of the right types; defaults for the rest."""
+        """The config with these options, by flat name and of the right types; defaults for the rest."""
         by_section: dict[str, dict[str, object]] = {name: {} for name in SECTIONS}
         for name, value in values.items():
             by_section[OPTIONS[name].section][name] = value
