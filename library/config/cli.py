@@ -1,7 +1,7 @@
 """The command line: an argparse parser made of the table of options.
 
-argparse splits words and shows --help; values are converted by the table, as those of a file are. Names may be
-shortened as far as they are unambiguous, as Kohya's parser allows.
+argparse splits words and shows --help; values are converted by the table, as those of a file are. Names may
+be shortened as far as they are unambiguous, as Kohya's parser allows.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all options. Each given option is a list of its occurrences; options not given are absent."""
+    """The parser of all options. A given option is the list of its occurrences; others are absent."""
     parser = Parser(
-        description="Train a LoRA or LyCORIS adapter for FLUX.1. Options and files are those of Kohya's sd-scripts.",
+        description="Train a LoRA or LyCORIS adapter for FLUX.1, with the options of Kohya's sd-scripts.",
         usage="%(prog)s [--config_file FILE.toml] [options]",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),

@@ -25,7 +25,7 @@ def config_path(name: str) -> Path:
 
 
 def read_config_file(path: Path, notices: Notices) -> dict[str, Given]:
-    """What the file gives for each option, in file order; a later value replaces an earlier one with a remark.
+    """What the file gives for each option, in file order; a later value replaces an earlier one.
 
     Raises ConfigError for a missing or broken file and for a misspelt key.
     """
@@ -69,13 +69,16 @@ def _place_strangers(strangers: dict[str, Given], given: dict[str, Given], notic
                 "[[datasets]] with [[datasets.subsets]], and name that as dataset_config"
             )
         alias = ALIASES.get(key)
-        if alias and not any(name in given for name in (alias.option, *alias.unless)):
+        rival = (
+            next((name for name in (alias.option, *alias.unless) if name in given), None) if alias else None
+        )
+        if alias and rival is None:
             given[alias.option] = value
             notices.remarks.append(
                 f"{value.place}: {key} is taken as {alias.option}; Kohya's trainer ignores it"
             )
-        elif alias:
-            without_effect.append(f"{key} ({alias.option} or its like is given)")
+        elif rival:
+            without_effect.append(f"{key} ({rival} is given)")
         elif key in WITHOUT_EFFECT:
             without_effect.append(f"{key} ({WITHOUT_EFFECT[key]})")
         elif near := nearest(key, OPTIONS):

@@ -1,7 +1,7 @@
 """Reading a dataset_config file (.toml or .json) into tables whose keys and values are checked.
 
-Fallbacks are not applied here. A dataset's kind follows from its subsets, as in Kohya: masks, metadata files, or
-images in folders; one dataset has one kind.
+Fallbacks are not applied here. A dataset's kind follows from its subsets, as in Kohya: masks, metadata files,
+or images in folders; one dataset has one kind.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} line {error.lineno}, column {error.colno}: this is not JSON ({error.msg})"
         ) from None
-    return _table(content, path.name)
+    return dict(_table(content, path.name))
 
 
 def _dataset(table: Mapping[str, Any], place: str, *, masked_loss: bool) -> DatasetTable:
@@ -118,7 +118,8 @@ def _kind(subsets: Sequence[SubsetTable], place: str, *, masked_loss: bool) -> s
     for given, name in ((masks, "conditioning_data_dir"), (metadata, "metadata_file")):
         if given and len(given) < len(subsets):
             raise ConfigError(
-                f"{place}: {name} stands in some subsets only; put the others into a [[datasets]] of their own"
+                f"{place}: {name} stands in some subsets only; "
+                "put the others into a [[datasets]] of their own"
             )
     if masks:
         return MASKED

@@ -1,7 +1,7 @@
-"""The keys of a dataset_config file as a table: where each may stand, for which kind of data, what it falls back on.
+"""The keys of a dataset_config file: where each may stand, for which kind of data, what it falls back on.
 
-A value is taken from the subset, else its dataset, else [general], else the option of the command line. An empty
-text is a value and stops the search.
+A value is taken from the subset, else its dataset, else [general], else the option of the command line. An
+empty text is a value and stops the search.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _own(name: str, kind: str, levels: tuple[str, ...], kinds: tuple[str, ...] =
 
 
 def _like(name: str, levels: tuple[str, ...], kinds: tuple[str, ...] = ALL_KINDS, option: str = "") -> Key:
-    """A key that means the same as an option and falls back on it. Zero is a value here, so nothing is unset."""
+    """A key that means the same as an option and falls back on it. Zero is a value here."""
     known = OPTIONS[option or name]
     row = dataclasses.replace(known.row, unset=())
     if name == "resize_interpolation":

@@ -32,7 +32,8 @@ def sizes_fit(dataset: DatasetSettings, place: str) -> None:
     if not dataset.enable_bucket:
         if width % PATCH or height % PATCH:
             raise ConfigError(
-                f"{place}: resolution {width}x{height} must be a multiple of {PATCH} in both directions for FLUX; "
+                f"{place}: resolution {width}x{height} must be a "
+                f"multiple of {PATCH} in both directions for FLUX; "
                 "change it or set enable_bucket"
             )
         return
@@ -65,7 +66,8 @@ def batches_fill(config: TrainConfig, dataset: DatasetSettings, place: str) -> N
     wanted = config.training.global_batch_size
     if wanted is not None and wanted % dataset.batch_size:
         raise ConfigError(
-            f"{place}: global_batch_size = {wanted} must be a multiple of the batch size, {dataset.batch_size}"
+            f"{place}: global_batch_size = {wanted} must be a "
+            f"multiple of the batch size, {dataset.batch_size}"
         )
 
 
@@ -90,7 +92,8 @@ def text_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: str, 
     for name, on in changing.items():
         if on:
             raise ConfigError(
-                f"{place}: {name} cannot be used with cache_text_encoder_outputs, as it changes the caption at each "
+                f"{place}: {name} cannot be used with "
+                "cache_text_encoder_outputs, as it changes the caption at each "
                 "visit: turn off one of them"
             )
     if subset.enable_wildcard:

@@ -25,8 +25,8 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", "
 def resolve_datasets(config: TrainConfig, *, notices: Notices | None = None) -> tuple[DatasetSettings, ...]:
     """The datasets of a run, every value resolved and checked.
 
-    A dataset_config file wins over in_json, which wins over the folders, as in Kohya. What was left out or changed
-    is said in `notices`. Raises ConfigError for a wrong value and DatasetError for a folder or file that is missing.
+    A dataset_config file wins over in_json, which wins over the folders, as in Kohya. What was left out or
+    changed is said in `notices`. Raises ConfigError for a wrong value, DatasetError for a missing folder.
     """
     notices = notices if notices is not None else Notices()
     data = config.dataset
@@ -68,10 +68,10 @@ def _resolve(
             seen.add(identity)
     if not subsets:
         raise ConfigError(f"{table.place} has no subset with num_repeats of 1 or more")
-    settings = DatasetSettings(
+    dataset = DatasetSettings(
         **values, prior_loss_weight=config.dataset.prior_loss_weight, subsets=tuple(subsets)
     )
-    return _whole_steps(settings, table.place, notices)
+    return _whole_steps(dataset, table.place, notices)
 
 
 def _names(cls: type) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def _subset(
 def _fallback(
     config: TrainConfig, names: tuple[str, ...], levels: tuple[Mapping[str, object], ...]
 ) -> dict[str, Any]:
-    """For each name the value of the first level that has it, else the option's; names without either are absent."""
+    """For each name the value of the first level that has it, else the option's; others are absent."""
     values: dict[str, Any] = {}
     for name in names:
         option = KEYS[name].fallback
@@ -119,7 +119,8 @@ def _whole_steps(settings: DatasetSettings, place: str, notices: Notices) -> Dat
     if not settings.enable_bucket or (low, high) == (settings.min_bucket_reso, settings.max_bucket_reso):
         return settings
     notices.remarks.append(
-        f"{place}: bucket sides run from {low} to {high}, as min_bucket_reso = {settings.min_bucket_reso} and "
+        f"{place}: bucket sides run from {low} to {high}, "
+        f"as min_bucket_reso = {settings.min_bucket_reso} and "
         f"max_bucket_reso = {settings.max_bucket_reso} are rounded to multiples of bucket_reso_steps = {step}"
     )
     return dataclasses.replace(settings, min_bucket_reso=low, max_bucket_reso=high)
@@ -144,7 +145,7 @@ def _folder_table(train: Path | None, reg: Path | None, notices: Notices) -> Dat
 
 
 def _folders(base: Path, option: str, notices: Notices) -> Iterator[SubsetTable]:
-    """One subset for each child folder `N_name`, N >= 1, sorted by name. Raises DatasetError when there is none."""
+    """One subset for each child folder `N_name`, N >= 1, sorted. Raises DatasetError when there is none."""
     if not base.is_dir():
         raise DatasetError(f"{option} {base} is not a folder")
     children = sorted(base.iterdir())
@@ -162,7 +163,8 @@ def _folders(base: Path, option: str, notices: Notices) -> Iterator[SubsetTable]
         yield SubsetTable(values, f"{option} {child.name}")
     if not found and images:
         raise DatasetError(
-            f"{option} {base} holds {len(images)} images itself: move them into a sub-folder named by repeats and "
+            f"{option} {base} holds {len(images)} images "
+            "itself: move them into a sub-folder named by repeats and "
             f"subject, such as {base / '10_name'}"
         )
     if not found:
@@ -172,7 +174,8 @@ def _folders(base: Path, option: str, notices: Notices) -> Iterator[SubsetTable]
         )
     if ignored:
         notices.remarks.append(
-            f"{option} {base}: folders not named N_name with N of 1 or more are left out: {', '.join(ignored)}"
+            f"{option} {base}: folders not named N_name with "
+            f"N of 1 or more are left out: {', '.join(ignored)}"
         )
     if images:
         notices.remarks.append(

@@ -12,7 +12,7 @@ from library.errors import ConfigError
 class Implication:
     """`option`, when it is on, sets `target` to `value`, or to its own value when that is None.
 
-    `overrides`: it wins over another value given for the target, as in Kohya; else the two contradict each other.
+    `overrides`: it wins over another value of the target, as in Kohya; else the two contradict each other.
     """
 
     option: str

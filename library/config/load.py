@@ -1,4 +1,4 @@
-"""From the words of the command line to a checked TrainConfig: defaults, then the file, then the command line.
+"""From the command line to a checked TrainConfig: defaults, then the file, then the command line.
 
 Reads the config file and looks whether named files exist; opens no model and imports no torch.
 """
@@ -34,7 +34,7 @@ class LoadedConfig:
 def load_config(argv: Sequence[str]) -> LoadedConfig:
     """Read `argv` (without the program's name) and the config file it names, and check the whole.
 
-    With --output_config only the command line is read and nothing is checked across options, as the options are
+    With --output_config only the command line is read and nothing is checked across options, as they are
     about to be written, not used: see `show.output_config`. Raises ConfigError.
     """
     notices = Notices()
@@ -75,7 +75,7 @@ def read_values(given: Mapping[str, Given], notices: Notices) -> tuple[dict[str,
 
 
 def _read(option: Option, item: Given) -> object:
-    """The converted value or UNSET. An option without effect is never the reason to stop: its wrong value is let go."""
+    """The converted value or UNSET. A wrong value of an option without effect is let go."""
     effect = option.row.effect
     try:
         value = option.read(item.raw, item.place)

@@ -7,20 +7,20 @@ import itertools
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is a misspelling of, or None when there is none near."""
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.85) -> str | None:
+    """The known name that `name` is a misspelling of, or None. A higher `cutoff` (0 to 1) finds less."""
     plain = name.strip().lower().replace("-", "_")
     candidates = list(known)
     for candidate in candidates:
         if one_slip(plain, candidate.lower()):
             return candidate
-    close = difflib.get_close_matches(plain, candidates, n=1, cutoff=0.85)
+    close = difflib.get_close_matches(plain, candidates, n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing when no known name is near."""
-    near = nearest(name, known)
+    """The end of a message about a name that is wrong in any case: the known name nearest to it, if any."""
+    near = nearest(name, known, cutoff=0.6)
     return f"; did you mean {near!r}?" if near else ""
 
 

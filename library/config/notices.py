@@ -1,4 +1,4 @@
-"""What is said to the user about a config that can be used: remarks on what was ignored or changed, and advice."""
+"""What is said about a config that can be used: remarks on what was ignored or changed, and advice."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Option:
         return KINDS[self.type]
 
     def read(self, raw: object, place: str) -> object:
-        """The value that `raw`, a word or words of the command line or a value of a file, stands for, or UNSET.
+        """The value that `raw` stands for, words of the command line or a value of a file, or UNSET.
 
         Raises ConfigError, naming `place`, when it is of another type, out of range or not among the choices.
         """

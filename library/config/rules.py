@@ -1,6 +1,6 @@
 """Checks over several options, one function a rule. They look at options and at whether named files exist.
 
-What depends on the resolved datasets is checked in `dataset_rules`; what needs a model file, where it is loaded.
+What depends on the resolved datasets is checked in `dataset_rules`; what needs a model file, at its loading.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Context:
 
 
 def check(config: TrainConfig, sources: Mapping[str, str], notices: Notices) -> None:
-    """Apply every rule. Raises ConfigError for the first that is broken; remarks and advice go to `notices`."""
+    """Apply every rule. Raises ConfigError for the first broken; the rest goes to `notices`."""
     context = Context(config, sources, notices)
     for rule in RULES:
         rule(context)
@@ -161,7 +161,8 @@ def length_is_given_once(context: Context) -> None:
     training, saving = context.config.training, context.config.saving
     if training.max_train_epochs is not None and context.given("max_train_steps"):
         context.notices.remarks.append(
-            f"{context.said('max_train_epochs')} decides the length, so ignored: {context.said('max_train_steps')}"
+            f"{context.said('max_train_epochs')} decides the "
+            f"length, so ignored: {context.said('max_train_steps')}"
         )
     elif training.max_train_epochs is None and (saving.initial_step or 0) >= training.max_train_steps:
         raise ConfigError(
@@ -184,7 +185,8 @@ def network_parts_fit(context: Context) -> None:
     network = context.config.network
     if network.network_train_unet_only and network.network_train_text_encoder_only:
         raise ConfigError(
-            f"{context.said('network_train_unet_only')} and {context.said('network_train_text_encoder_only')} "
+            f"{context.said('network_train_unet_only')} and "
+            f"{context.said('network_train_text_encoder_only')} "
             "leave nothing to train: give one of them"
         )
     if network.dim_from_weights and network.network_weights is None:
@@ -220,7 +222,8 @@ def loader_fits(context: Context) -> None:
     data = context.config.dataset
     if data.persistent_data_loader_workers and data.max_data_loader_n_workers == 0:
         context.notices.remarks.append(
-            f"{context.said('persistent_data_loader_workers')} has no effect with max_data_loader_n_workers = 0"
+            f"{context.said('persistent_data_loader_workers')} has no effect with "
+            "max_data_loader_n_workers = 0"
         )
 
 
@@ -234,13 +237,15 @@ def samples_have_prompts(context: Context) -> None:
         raise ConfigError(f"{context.said(wish)} needs sample_prompts: give a prompt file or a prompt")
     if prompts is None:
         return
+    if not wish:
+        context.notices.advice.append(
+            "sample_prompts is given, but no sample is drawn: "
+            "set sample_every_n_steps or sample_every_n_epochs"
+        )
+        return
     is_name = "\n" not in prompts and prompts.lower().endswith(PROMPT_FILES)
     if is_name and not Path(prompts).expanduser().is_file():
         raise ConfigError(f"{context.said('sample_prompts')}: there is no such file")
-    if not wish:
-        context.notices.advice.append(
-            "sample_prompts is given, but no sample is drawn: set sample_every_n_steps or sample_every_n_epochs"
-        )
 
 
 def defaults_suit_flux(context: Context) -> None:
@@ -270,7 +275,8 @@ def learning_rate_is_meant(context: Context) -> None:
     network = context.config.network
     if not (network.network_train_unet_only or context.given("text_encoder_lr")):
         context.notices.advice.append(
-            "CLIP-L is trained as well, with learning_rate; set network_train_unet_only to train the transformer alone"
+            "CLIP-L is trained as well, with learning_rate; set "
+            "network_train_unet_only to train the transformer alone"
         )
 
 

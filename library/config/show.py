@@ -12,7 +12,7 @@ from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
-NOT_WRITTEN = SECRETS | {"config_file", "output_config", "dry_run"}
+NOT_WRITTEN = SECRETS | {"config_file", "output_config", "dry_run", "strict_config"}
 
 
 class ResolvedOption(NamedTuple):
@@ -25,7 +25,7 @@ class ResolvedOption(NamedTuple):
 
 
 def resolved_table(loaded: LoadedConfig) -> list[ResolvedOption]:
-    """Every option with its value, where that comes from, and whether it has an effect. Secrets are masked."""
+    """Every option with its value, its source and whether it has an effect. Secrets are masked."""
     return [
         ResolvedOption(
             name=name,
@@ -48,10 +48,10 @@ def _shown(value: object) -> str:
 
 
 def output_config(loaded: LoadedConfig) -> tuple[Path, str]:
-    """The file that --output_config asks for and its text: a flat TOML of the options that differ from defaults.
+    """The file that --output_config asks for and its text: a flat TOML of what differs from the defaults.
 
-    The caller writes it. Secrets and the options about files are left out. Raises ConfigError when --config_file
-    is missing or the file exists.
+    The caller writes it. Secrets and the options of `run` are left out. Raises ConfigError when
+    --config_file is missing or the file exists.
     """
     path = loaded.config.run.config_file
     if path is None:

@@ -1,7 +1,7 @@
-"""Reading TOML as users write it: with a byte order mark, Windows line ends, and mistakes that want a line number.
+"""Reading TOML as users write it: with a byte order mark, Windows line ends, and mistakes to be named.
 
-The values come from the `toml` package, which Kohya uses too; since it keeps no positions, the lines of the keys
-are found by a scan of their own.
+The values come from the `toml` package, which Kohya uses too; since it keeps no positions, the lines of the
+keys are found by a scan of their own.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def key_lines(text: str) -> dict[tuple[str, str], list[int]]:
 
 
 def _statements(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and tokens of each header and each `key = value`, over as many lines as its brackets span."""
+    """Line number and tokens of each header and each `key = value`, over all lines of its brackets."""
     number, start, depth = 1, 1, 0
     tokens: list[str] = []
     for match in TOKEN.finditer(text):

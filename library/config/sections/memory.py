@@ -28,7 +28,11 @@ class MemoryConfig:
         unset=("no",),
     )  # fmt: skip
     blocks_to_swap: int | None = option(
-        None, "transformer blocks kept in main memory", limit=Limit(ge=0, unit="blocks"), effect=WHOLE_ON_GPU
+        None,
+        "transformer blocks kept in main memory",
+        limit=Limit(ge=0, unit="blocks"),
+        effect=WHOLE_ON_GPU,
+        unset=(0,),
     )
     cpu_offload_checkpointing: bool = option(
         False, "keep checkpointed activations in main memory", effect=WHOLE_ON_GPU
