@@ -16,11 +16,14 @@ import toml
 from library.errors import ConfigError
 
 TOKEN = re.compile(
-    r'"""(?:\\.|[^\\])*?"""'
+    r'"""(?:\\.|[^\\])*?"""'  # strings of several lines
     r"|'''.*?'''"
-    r'|"(?:\\.|[^"\\\n])*"'
+    r'|"(?:\\.|[^"\\\n])*"'  # strings of one line
     r"|'[^'\n]*'"
-    r"|\#[^\n]*|\n|[\[\]{}=]|[^\s\[\]{}=\#]+",
+    r"|\#[^\n]*"  # comments
+    r"|[\n\[\]{}=]"
+    r"|[^\s\[\]{}=\#\"']+"  # bare keys, numbers, commas
+    r"|[\"']",  # a quote that is never closed
     re.DOTALL,
 )
 HEADER = "["  # opens the name of a table at the start of a line
@@ -48,7 +51,7 @@ def parse_toml(text: str, path: Path) -> dict[str, Any]:
         hint = "; put a Windows path in single quotes" if "\\" in written else ""
         where = f"{path} line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{where}: this is not TOML ({error.msg.rstrip('.')}){hint}") from None
-    except (IndexError, TypeError, AttributeError) as error:
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
         # What the toml package lets through for some broken texts, without a position.
         raise ConfigError(f"{path}: this is not TOML ({error})") from None
 
