@@ -8,10 +8,10 @@ from library.config.train_config import OPTIONS, SECTIONS
 INTRODUCTION = """\
 # Options
 
-Made by `tools/write_options.py` from `library/config/sections/`. Every option is a flag (`--name value`) and
-a key of the file that `--config_file` names; names of TOML tables in that file are free. Names, types and
-defaults are those of Kohya's `flux_train_network.py`; options marked *ours* are not in it. "Effect" says what
-this version does with an option that is given: used, accepted with no effect, or refused.
+Made by `python -m tools.write_options` from `library/config/sections/`. Every option is a flag
+(`--name value`) and a key of the file that `--config_file` names; names of TOML tables in that file are free.
+Names, types and defaults are those of Kohya's `flux_train_network.py`; options marked *ours* are not in it.
+"Effect" says what this version does with an option that is given: used, accepted with no effect, or refused.
 """
 
 TYPE_WORDS = {
