@@ -42,8 +42,7 @@ class Key:
 
 def _own(name: str, kind: str, levels: tuple[str, ...], kinds: tuple[str, ...] = ALL_KINDS) -> Key:
     """A key that no option stands in for."""
-    limit = Limit()
-    row = Row(default=None, help="", limit=limit)
+    row = Row(default=None, help="")
     return Key(Option(name=name, section="dataset", type=kind, row=row), None, levels, kinds)
 
 

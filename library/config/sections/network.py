@@ -16,7 +16,7 @@ class NetworkConfig:
         None, "module of the adapter, such as networks.lora_flux or lycoris.kohya"
     )
     network_dim: int | None = option(
-        None, "rank of the adapter; unset is the module's own default", limit=Limit(ge=1, unit="rank")
+        None, "rank of the adapter; unset is the module's own default", limit=Limit(ge=1)
     )
     network_alpha: float = option(1.0, "the adapter's output is scaled by network_alpha / network_dim")
     network_dropout: float | None = option(
