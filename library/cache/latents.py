@@ -105,11 +105,12 @@ class LatentEntry:
 class LatentStore:
     """Reads entries for training: from the files, or from memory where an entry was put there."""
 
-    memory: dict[tuple[str, Size], LatentEntry] = field(default_factory=dict)
+    memory: dict[tuple[Path, Size], LatentEntry] = field(default_factory=dict)  # by cache file and bucket
 
     def read(self, record: ImageRecord, *, bucket: Size, flipped: bool, mask: bool) -> CachedLatents:
         """One image's latents. Raises DatasetError if the file went missing or is damaged."""
-        kept = self.memory.get((record.key, bucket))
+        path = latents_path(record)
+        kept = self.memory.get((path, bucket))
         if kept is not None:
             latents = kept.flipped if flipped else kept.latents
             assert latents is not None
@@ -119,7 +120,6 @@ class LatentStore:
             ("latents_flipped" if flipped else "latents") + suffix,
             *(["alpha_mask" + suffix] if mask else []),
         ]
-        path = latents_path(record)
         try:
             arrays = npz.read_arrays(path, names)
         except npz.UNREADABLE as error:
@@ -141,35 +141,38 @@ def suffix_of(bucket: Size) -> str:
     return f"_{bucket[1] // CELL}x{bucket[0] // CELL}"
 
 
-def latent_needs(data: TrainingData) -> tuple[LatentNeed, ...]:
-    """What training on `data` will read, each entry once.
+def latent_needs(*sources: TrainingData) -> tuple[LatentNeed, ...]:
+    """What reading all `sources` (training and validation data) will ask for, each entry once.
 
     Raises ConfigError where pixels differ from visit to visit, and where two datasets want one entry made
     differently.
     """
     found: dict[tuple[Path, str], LatentNeed] = {}
-    for record, placement in zip(data.records, data.placements, strict=True):
-        subset = data.subset(record)
-        if subset.random_crop or subset.color_aug:
-            option = "random_crop" if subset.random_crop else "color_aug"
-            raise ConfigError(
-                f"cache_latents cannot be used with {option}, which changes the pixels of {record.path.parent} from visit "
-                f"to visit; turn one of them off"
-            )
-        method = effective_interpolation(record.size, placement.resized, data.interpolation(record))
-        need = LatentNeed(record, placement, method, subset.flip_aug, subset.alpha_mask)
-        other = found.get((need.path, need.suffix))
-        if other is not None:
-            need = _merged(other, need)
-        found[(need.path, need.suffix)] = need
+    for data in sources:
+        for record, placement in zip(data.records, data.placements, strict=True):
+            need = _need(data, record, placement)
+            other = found.get((need.path, need.suffix))
+            found[(need.path, need.suffix)] = need if other is None else _merged(other, need)
     return tuple(found.values())
+
+
+def _need(data: TrainingData, record: ImageRecord, placement: Placement) -> LatentNeed:
+    subset = data.subset(record)
+    if subset.random_crop or subset.color_aug:
+        option = "random_crop" if subset.random_crop else "color_aug"
+        raise ConfigError(
+            f"cache_latents cannot be used with {option}, which changes the pixels of {record.path.parent} at "
+            "every visit; turn one of them off"
+        )
+    method = effective_interpolation(record.size, placement.resized, data.interpolation(record))
+    return LatentNeed(record, placement, method, subset.flip_aug, subset.alpha_mask)
 
 
 def _merged(first: LatentNeed, second: LatentNeed) -> LatentNeed:
     if first.note("") != second.note(""):
         raise ConfigError(
-            f"two datasets want {first.record.path} in one bucket but scaled differently, which one cache file cannot "
-            "hold; give them the same resize_interpolation and bucket_no_upscale"
+            f"two datasets want {first.record.path} in one bucket but scaled differently, which one cache "
+            "file cannot hold; give them the same resize_interpolation and bucket_no_upscale"
         )
     return replace(first, flip=first.flip or second.flip, mask=first.mask or second.mask)
 

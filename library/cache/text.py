@@ -90,21 +90,24 @@ def text_path(base: Path) -> Path:
 
 
 def cached_caption(data: TrainingData, record: ImageRecord) -> str:
-    """The one caption of a record that is encoded and kept."""
-    generator = randomness.generator(data.seed, Visit(record.key, 0), "cached caption")
+    """The one caption of a record that is encoded and kept; wildcards are decided alike whatever the run's
+    seed.
+    """
+    generator = randomness.generator(0, Visit(record.key, 0), "cached caption")
     return captions.fixed_caption(record.caption, data.subset(record), generator)
 
 
-def text_needs(data: TrainingData) -> tuple[tuple[TextNeed, ...], TextStore]:
-    """The files that training on `data` will read, and the store that will read them."""
+def text_needs(*sources: TrainingData) -> tuple[tuple[TextNeed, ...], TextStore]:
+    """The files that reading all `sources` will ask for, and the store that will read them."""
     wanted: dict[Path, dict[str, None]] = {}
     by_record = {}
-    for record in data.records:
-        caption = cached_caption(data, record)
-        by_record[record.key] = (record.cache_base, caption)
-        wanted.setdefault(record.cache_base, {})[caption] = None
-        if captions.may_drop(data.subset(record)):
-            wanted.setdefault(record.path.parent / EMPTY_NAME, {})[""] = None
+    for data in sources:
+        for record in data.records:
+            caption = cached_caption(data, record)
+            by_record[record.key] = (record.cache_base, caption)
+            wanted.setdefault(record.cache_base, {})[caption] = None
+            if captions.may_drop(data.subset(record)):
+                wanted.setdefault(record.path.parent / EMPTY_NAME, {})[""] = None
     needs = tuple(TextNeed(base, tuple(texts)) for base, texts in wanted.items())
     return needs, TextStore(by_record)
 
