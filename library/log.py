@@ -37,7 +37,9 @@ def setup_logging(
         handler = logging.StreamHandler(console.file)
         handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     else:
-        handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)
+        handler = RichHandler(
+            console=console, show_path=False, show_time=False, markup=False, highlighter=None
+        )
     handlers = [handler]
     if file is not None:
         written = logging.FileHandler(file, mode="w", encoding="utf-8")

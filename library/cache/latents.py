@@ -144,8 +144,7 @@ def suffix_of(bucket: Size) -> str:
 def latent_needs(*sources: TrainingData) -> tuple[LatentNeed, ...]:
     """What reading all `sources` (training and validation data) will ask for, each entry once.
 
-    Raises ConfigError where pixels differ from visit to visit, and where two datasets want one entry made
-    differently.
+    Raises ConfigError where two datasets want one entry made in two ways.
     """
     found: dict[tuple[Path, str], LatentNeed] = {}
     for data in sources:
@@ -158,12 +157,8 @@ def latent_needs(*sources: TrainingData) -> tuple[LatentNeed, ...]:
 
 def _need(data: TrainingData, record: ImageRecord, placement: Placement) -> LatentNeed:
     subset = data.subset(record)
-    if subset.random_crop or subset.color_aug:
-        option = "random_crop" if subset.random_crop else "color_aug"
-        raise ConfigError(
-            f"cache_latents cannot be used with {option}, which changes the pixels of {record.path.parent} at "
-            "every visit; turn one of them off"
-        )
+    assert not subset.random_crop, "random crops cannot be cached"
+    assert not subset.color_aug, "changing colours cannot be cached"
     method = effective_interpolation(record.size, placement.resized, data.interpolation(record))
     return LatentNeed(record, placement, method, subset.flip_aug, subset.alpha_mask)
 

@@ -23,8 +23,8 @@ from library.cache.text import TextNeed, TextOptions
 
 NeedT = TypeVar("NeedT", LatentNeed, TextNeed)
 _NOTICES = {
-    Entry.FOREIGN: "{count} cache entries were written by another program and are used, since their shapes fit",
-    Entry.STALE: "{count} cache entries do not fit their image, caption, encoder or options and are made anew",
+    Entry.FOREIGN: "{count} cache entries are another program's and are used, since their shapes fit",
+    Entry.STALE: "{count} cache entries fit no longer (image, caption, encoder or options) and are made anew",
     Entry.UNREADABLE: "{count} cache entries are in damaged files, such as {path}, and are made anew",
 }
 
@@ -93,7 +93,7 @@ def _survey(
     missing = [need for need, state in found if not state.usable]
     to_write = tuple(need for need in missing if writable[need.path.parent])
     to_keep = tuple(need for need in missing if not writable[need.path.parent])
-    read_only = sorted({need.path.parent for need in to_keep}, key=str)
+    read_only: list[Path] = sorted({need.path.parent for need in to_keep}, key=str)
     return Work(
         to_write,
         to_keep,
@@ -103,7 +103,7 @@ def _survey(
 
 
 def can_write(folder: Path) -> bool:
-    """Whether a file can be made in a folder; tried, since permissions do not tell of read-only file systems."""
+    """Whether a file can be made in a folder; tried, as permissions say nothing of read-only disks."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

@@ -48,48 +48,34 @@ class BucketRule:
         return place_nearest(size, self.resolutions)
 
 
-def bucket_rule(settings: DatasetSettings, *, name: str = "the dataset") -> BucketRule:
-    """Check the bucket options of a dataset and prepare its rule.
+def bucket_rule(settings: DatasetSettings) -> BucketRule:
+    """The rule of a dataset whose limits and sizes are multiples of the step, as resolved settings are.
 
-    The limits are rounded outwards to the step, as in Kohya. Steps are multiples of 16 (Kohya's own check
-    asks for 64 although the model needs 16). Raises ConfigError.
+    Raises ConfigError if no bucket is possible. Without `enable_bucket` the resolution is the only one.
     """
     resolution = settings.resolution
     if not settings.enable_bucket:
-        if any(side % PATCH or side <= 0 for side in resolution):
-            raise ConfigError(
-                f"resolution {resolution[0]}x{resolution[1]} of {name} without enable_bucket must be "
-                f"multiples of {PATCH}; change it or turn enable_bucket on"
-            )
         return BucketRule(resolution, (resolution,), PATCH, no_upscale=False)
     step = settings.bucket_reso_steps
-    if step <= 0 or step % PATCH:
-        raise ConfigError(
-            f"bucket_reso_steps={step} of {name} must be a positive multiple of {PATCH}; 64 is usual"
-        )
     if settings.bucket_no_upscale:
         return BucketRule(resolution, (), step, no_upscale=True)
-    smallest = settings.min_bucket_reso // step * step
-    largest = -(-settings.max_bucket_reso // step) * step
-    if min(resolution) < smallest or max(resolution) > largest or smallest <= 0:
-        raise ConfigError(
-            f"resolution {resolution[0]}x{resolution[1]} of {name} must lie between "
-            f"min_bucket_reso={smallest} and max_bucket_reso={largest} (above 0, rounded to "
-            f"bucket_reso_steps={step}); widen the limits or change the resolution"
-        )
-    return BucketRule(
-        resolution,
-        predefined_resolutions(resolution, smallest=smallest, largest=largest, step=step),
-        step,
-        no_upscale=False,
+    sizes = predefined_resolutions(
+        resolution, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso, step=step
     )
+    if not sizes:
+        raise ConfigError(
+            f"resolution {resolution[0]}x{resolution[1]} leaves no bucket with bucket_reso_steps={step}; "
+            "raise the resolution or lower the step"
+        )
+    return BucketRule(resolution, sizes, step, no_upscale=False)
 
 
 def predefined_resolutions(resolution: Size, *, smallest: int, largest: int, step: int) -> tuple[Size, ...]:
     """All sizes within the limits, multiples of `step`, of at most the area of `resolution`; ascending."""
     area = resolution[0] * resolution[1]
+    smallest = max(smallest, step)
     side = int(math.sqrt(area) // step) * step
-    found = {(side, side)}
+    found = {(side, side)} if side else set()
     for width in range(smallest, largest + 1, step):
         height = min(largest, int((area // width) // step) * step)
         if height >= smallest:

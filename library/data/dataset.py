@@ -45,8 +45,8 @@ class TrainingData:
         return self.datasets[record.dataset].subsets[record.subset]
 
     def interpolation(self, record: ImageRecord) -> str | None:
-        """The resize method asked for by the subset, else by the dataset."""
-        return self.subset(record).resize_interpolation or self.datasets[record.dataset].resize_interpolation
+        """The resize method asked for."""
+        return self.subset(record).resize_interpolation
 
     def planned_images(self) -> tuple[PlannedImage, ...]:
         """The records as the plan takes them."""
@@ -80,10 +80,8 @@ class Failure:
 def place_records(
     datasets: Sequence[DatasetSettings], records: Sequence[ImageRecord]
 ) -> tuple[Placement, ...]:
-    """A placement for every record. Raises ConfigError for bucket options, DatasetError naming an image too
-    small.
-    """
-    rules = [bucket_rule(settings, name=f"dataset {i + 1}") for i, settings in enumerate(datasets)]
+    """A placement for every record. Raises DatasetError naming an image that is too small for its rule."""
+    rules = [bucket_rule(settings) for settings in datasets]
     return tuple(_place(record, rules[record.dataset]) for record in records)
 
 
@@ -286,7 +284,9 @@ def load_batches(
     start_step: int = 0,
     num_workers: int = 0,
 ) -> BatchStream:
-    """Stream this rank's batches from `start_step` on, read ahead by at most the machine's number of workers."""
+    """Stream this rank's batches from `start_step` on. More workers than the machine has cores are not
+    started.
+    """
     workers = min(num_workers, os.cpu_count() or 1)
     sampler = MicroBatchSampler(plan, rank=rank, world=world, start_step=start_step)
     return BatchStream(

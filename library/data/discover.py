@@ -72,10 +72,10 @@ def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
     reports: list[SubsetReport] = []
     for index, dataset in enumerate(datasets):
         of_dataset: list[ImageRecord] = []
-        for number, subset in _usable(dataset, notices):
+        for number, subset in enumerate(dataset.subsets):
             found = _read_subset(subset, problems, notices)
             made = [_record(one, index, number, subset) for one in found]
-            kept, held = _split(made, dataset, subset, seed=seed)
+            kept, held = _split(made, subset, seed=seed)
             of_dataset += kept
             validation += [replace(record, num_repeats=1) for record in held]
             reports.append(_report(found, kept, held, index, number, subset))
@@ -95,24 +95,6 @@ def tag_frequency(discovered: Discovered) -> dict[str, dict[str, int]]:
     for report in discovered.subsets:
         totals[report.name].update(report.tag_frequency)
     return {name: dict(counts) for name, counts in totals.items()}
-
-
-def _usable(dataset: DatasetSettings, notices: list[str]) -> list[tuple[int, SubsetSettings]]:
-    """Subsets that take part, numbered; the others get a notice."""
-    usable: list[tuple[int, SubsetSettings]] = []
-    seen: set[Path] = set()
-    for number, subset in enumerate(dataset.subsets):
-        source = subset.metadata_file or subset.image_dir
-        if source is None:
-            raise DatasetError("a subset has neither image_dir nor metadata_file; give it one of them")
-        if subset.num_repeats < 1:
-            notices.append(f"{source} is left out because its num_repeats is {subset.num_repeats}")
-        elif source in seen:
-            notices.append(f"{source} is given twice in one dataset; the second one is left out")
-        else:
-            seen.add(source)
-            usable.append((number, subset))
-    return usable
 
 
 def _read_subset(subset: SubsetSettings, problems: Problems, notices: list[str]) -> list[_Found]:
@@ -199,18 +181,17 @@ def _record(found: _Found, dataset: int, number: int, subset: SubsetSettings) ->
 
 
 def _split(
-    made: list[ImageRecord], dataset: DatasetSettings, subset: SubsetSettings, *, seed: int
+    made: list[ImageRecord], subset: SubsetSettings, *, seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Training images and images held back: the two parts of one keyed shuffle, so none is in both.
 
     As many as in Kohya are trained on, ceil(n * (1 - split)); regularisation images are never held back. The
     shuffle does not know the dataset, so a folder used at two resolutions is split alike in both.
     """
-    share = dataset.validation_split if subset.validation_split is None else subset.validation_split
-    if subset.is_reg or not 0 < share <= 1:
+    share = subset.validation_split
+    if subset.is_reg or share <= 0:
         return made, []
-    seeds = (subset.validation_seed, dataset.validation_seed, seed)
-    chosen = next(one for one in seeds if one is not None)
+    chosen = seed if subset.validation_seed is None else subset.validation_seed
 
     def order(record: ImageRecord) -> bytes:
         return randomness.digest(chosen, "validation split", record.path.parent.name, record.path.name)

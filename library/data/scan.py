@@ -75,12 +75,15 @@ def image_extensions() -> frozenset[str]:
 
 
 def list_folder(folder: Path) -> Listing:
-    """Images directly inside `folder`. Raises DatasetError if it is not a folder."""
-    if not folder.is_dir():
-        raise DatasetError(f"the image folder {folder} does not exist or is not a folder; correct image_dir")
+    """Images directly inside `folder`. Raises DatasetError if it cannot be listed."""
     extensions = image_extensions()
-    with os.scandir(folder) as entries:
-        names = frozenset(entry.name for entry in entries if entry.is_file())
+    try:
+        with os.scandir(folder) as entries:
+            names = frozenset(entry.name for entry in entries if entry.is_file())
+    except OSError as error:
+        raise DatasetError(
+            f"the image folder {folder} cannot be read ({error.strerror}); correct it"
+        ) from error
     visible = [name for name in names if not name.startswith(".")]
     images = [folder / name for name in visible if os.path.splitext(name)[1] in extensions]
     overlooked = [
