@@ -27,7 +27,7 @@ PILLOW_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "cubic": Image.Resampling.BICUBIC,
 }
-_COLUMNS_AT_ONCE = 1024  # bounds the working memory to this many running sums a row
+_EDGE = 1e-9  # pixels; a stretch that ends on a pixel's edge up to rounding does not touch the next one
 
 
 def effective_interpolation(size: Size, resized: Size, interpolation: str | None) -> str:
@@ -63,18 +63,18 @@ def _area(pixels: Pixels, resized: Size) -> Pixels:
 def _average(values: NDArray[Any], count: int) -> NDArray[np.float32]:
     """[N, M] -> [count, M]: means over `count` equal stretches of the first axis, fractional ends included.
 
-    A mean is the difference of the running sum at both ends of its stretch; between samples that sum is
-    linear.
+    Rows are added one after the other, without BLAS, so the result is the same in every process.
     """
     length, columns = values.shape
-    ends = np.arange(count + 1, dtype=np.float64) * (length / count)
-    whole = np.minimum(ends.astype(np.int64), length - 1)
-    part = (ends - whole)[:, None]
+    scale = length / count
     result = np.empty((count, columns), dtype=np.float32)
-    for start in range(0, columns, _COLUMNS_AT_ONCE):
-        block = values[:, start : start + _COLUMNS_AT_ONCE].astype(np.float64)
-        sums = np.zeros((length + 1, block.shape[1]))
-        np.cumsum(block, axis=0, out=sums[1:])
-        at_ends = sums[whole] + part * block[whole]
-        result[:, start : start + _COLUMNS_AT_ONCE] = np.diff(at_ends, axis=0) * (count / length)
+    for number in range(count):
+        low, high = number * scale, (number + 1) * scale
+        first, last = int(low), min(int(np.ceil(high - _EDGE)), length)
+        block = values[first:last].astype(np.float32)
+        block[0] *= min(high, first + 1) - low
+        if last - first > 1:
+            block[-1] *= min(high, last) - (last - 1)
+        np.add.reduce(block, axis=0, out=result[number])
+    result *= 1.0 / scale
     return result

@@ -256,3 +256,12 @@ def test_shorter_token_sequences_are_filled_with_zeros(tmp_path):
     assert text.t5_hidden.shape == (8, 5, 6)
     assert set(text.t5_mask.sum(1).tolist()) == {3, 5}
     assert torch.equal(text.t5_hidden[:, :, 0], text.t5_mask.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
+def test_batches_are_pinned_for_a_gpu(tmp_path):
+    data = replace(make(tmp_path, alpha_mask=True), latents=Stored(), text=Stored())
+    for batch in load_batches(data, plan_of(data)):
+        pinned = (batch.latents, batch.mask, batch.shares, batch.loss_weights, batch.text.t5_hidden)
+        assert all(tensor.is_pinned() for tensor in pinned)
