@@ -70,19 +70,17 @@ class FluxTrainModule(nn.Module):
         x_t: Tensor,  # [B, 16, h, w]
         t: Tensor,  # [B] in (0, 1), float32
         cond: Conditions,
-        guidance_scale: float | None = None,
+        guidance: Tensor | None = None,  # [B]
     ) -> Tensor:  # [B, 16, h, w]
-        """The predicted velocity. `guidance_scale` overrides the training value (sample images)."""
-        height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
+        """The predicted velocity. `guidance` overrides the training value (sample images)."""
+        height, width = x_t.shape[-2:]
         with self._autocast(x_t.device):
             text = self.encode(cond)
-            guidance = None
-            if self.transformer.params.guidance_embed:
-                scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
-                guidance = torch.full_like(t, scale)
+            if guidance is None and self.transformer.params.guidance_embed:
+                guidance = torch.full_like(t, self.settings.guidance_scale)
             tokens = self.transformer(
                 img=pack(x_t),
-                img_ids=image_ids(len(x_t), height, width, device=x_t.device),
+                img_ids=image_ids(len(x_t), height=height, width=width, device=x_t.device),
                 txt=text.t5_hidden,
                 txt_ids=torch.zeros(*text.t5_mask.shape, 3, device=x_t.device),
                 timesteps=t,
@@ -90,7 +88,7 @@ class FluxTrainModule(nn.Module):
                 guidance=guidance,
                 txt_attention_mask=text.t5_mask if self.settings.apply_t5_attn_mask else None,
             )  # [B, N, 64]
-        return unpack(tokens, height, width)
+        return unpack(tokens, height=height, width=width)
 
     def encode(self, cond: Conditions) -> TextCond:
         """Text conditions: the cached ones, with those of encoders that run here in their place."""

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from library.adapters.base import Conditions
 from library.adapters.flux import FluxTrainModule
-from library.adapters.sampling import initial_noise, sample_latents, schedule, to_image
+from library.adapters.sampling import initial_noise, sample_latents, schedule_for, to_image
 from library.config.prompts import SamplePrompt
+from library.data.records import TextCond
 from library.models.autoencoder import AutoEncoder
-
-DEFAULT_GUIDANCE = 3.5  # of a prompt without --g, as Kohya's sampler
 
 
 class FluxPreviewer:
@@ -25,26 +24,35 @@ class FluxPreviewer:
         *,
         module: FluxTrainModule,
         autoencoder: AutoEncoder,
-        conditions: Callable[[str], Conditions],
+        conditions: Callable[[str], TextCond],
         device: torch.device,
         shifted: bool,
+        seed: int,
     ) -> None:
         self._module, self._autoencoder, self._conditions = module, autoencoder, conditions
-        self._device, self._shifted = device, shifted
+        self._device, self._shifted, self._seed = device, shifted, seed
 
     @torch.no_grad()
     def __call__(self, prompt: SamplePrompt) -> Image:
         """Draw `prompt` with every dropout off."""
-        was_training = self._module.training
         self._module.eval()
-        height, width = prompt.height // 8, prompt.width // 8
+        guided = prompt.scale != 1
         latents = sample_latents(
-            self._velocity(prompt),
-            initial_noise((1, 16, height, width), seed=prompt.seed).to(self._device),
-            schedule(prompt.sample_steps, tokens=height * width // 4, shift=self._shifted),
+            self._velocity,
+            noise=initial_noise(prompt, run_seed=self._seed).to(self._device),
+            times=schedule_for(prompt, shift=self._shifted),
+            text=self._conditions(prompt.prompt),
+            negative=self._conditions(prompt.negative_prompt) if guided else None,
+            scale=prompt.scale,
+            guidance=prompt.guidance_scale,
         )
-        self._module.train(was_training)
-        return to_image(self._decode(latents)[0])
+        self._module.train()
+        return to_image(self._decode(latents))
+
+    def _velocity(self, x: Tensor, t: Tensor, guidance: Tensor, text: TextCond) -> Tensor:
+        strength = guidance if self._module.transformer.params.guidance_embed else None
+        velocity: Tensor = self._module(x, t, Conditions(text=text, tokens=None), strength)
+        return velocity.float()
 
     def _decode(self, latents: Tensor) -> Tensor:
         weight = next(self._autoencoder.parameters())
@@ -53,18 +61,3 @@ class FluxPreviewer:
         images = self._autoencoder.decode(latents.to(dtype))
         self._autoencoder.to(home)
         return images
-
-    def _velocity(self, prompt: SamplePrompt) -> Callable[[Tensor, float], Tensor]:
-        guidance = DEFAULT_GUIDANCE if prompt.guidance_scale is None else prompt.guidance_scale
-        positive = self._conditions(prompt.prompt)
-        negative = self._conditions(prompt.negative_prompt or "")
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            times = torch.full((len(x),), t, device=x.device)
-            wanted: Tensor = self._module(x, times, positive, guidance)
-            if prompt.scale == 1.0:
-                return wanted
-            unwanted: Tensor = self._module(x, times, negative, guidance)
-            return unwanted + prompt.scale * (wanted - unwanted)
-
-        return velocity

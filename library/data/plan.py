@@ -166,7 +166,8 @@ def units_per_step(
 ) -> int:
     """U: processes times accumulation, or what makes up `global_batch_size`.
 
-    Raises ConfigError if the global batch size does not divide into batches for every rank.
+    A number of processes that does not divide it leaves some of them a weightless batch in the last pass of a step.
+    Raises ConfigError if the global batch size does not divide into batches.
     """
     if global_batch_size is None:
         return world * accumulation
@@ -175,11 +176,10 @@ def units_per_step(
             f"global_batch_size={global_batch_size} needs one train_batch_size for all datasets, but they "
             f"have {sorted(set(batch_sizes))}; give them the same or use gradient_accumulation_steps"
         )
-    per_pass = batch_sizes[0] * world
-    if global_batch_size % per_pass:
+    if global_batch_size % batch_sizes[0]:
         raise ConfigError(
-            f"global_batch_size={global_batch_size} must be a multiple of train_batch_size x processes = "
-            f"{batch_sizes[0]} x {world}; change one of them"
+            f"global_batch_size={global_batch_size} must be a multiple of train_batch_size={batch_sizes[0]}; "
+            "change one of them"
         )
     return global_batch_size // batch_sizes[0]
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from library.adapters.text import FluxTextEncoders
 from library.cache.build import build_latents, build_text
-from library.cache.latents import latent_needs
+from library.cache.latents import LatentStore, latent_needs
 from library.cache.survey import CacheOptions, Work, survey_latents, survey_text
 from library.cache.text import TextOptions, text_needs
+from library.config.prompts import SamplePrompt
 from library.config.train_config import TrainConfig
 from library.data.dataset import TrainingData
 from library.data.records import TextCond
@@ -49,7 +50,7 @@ class CachingPhase:
         if not caching.cache_latents:
             return data
         sources = [source for source in (data.training, data.validation) if source is not None]
-        needs, store = latent_needs(*sources)
+        needs, store = latent_needs(*sources), LatentStore()
         options = self._options(caching.cache_latents_to_disk, caching.vae_batch_size)
         encoder = self.loader.autoencoder_identity()
         work = survey_latents(needs, encoder=encoder, options=options)
@@ -148,6 +149,11 @@ def image_encoder(autoencoder: AutoEncoder, device: torch.device) -> Callable[[T
         return autoencoder.encode(images.to(device, dtype), drawn).float()
 
     return encode
+
+
+def prompt_texts(prompts: Sequence[SamplePrompt]) -> list[str]:
+    """Every text that drawing `prompts` will ask conditions of."""
+    return [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)]
 
 
 def encode_prompts(encoders: FluxTextEncoders, prompts: Sequence[str]) -> dict[str, TextCond]:

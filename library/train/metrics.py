@@ -10,8 +10,18 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from library.config.train_config import TrainConfig
 from library.train.state import TrainState
 from library.train.trainer import StepReport
+
+
+# Kohya keeps secrets and local paths out of what trackers store.
+PRIVATE = frozenset(
+    {
+        "wandb_api_key", "huggingface_token", "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir",
+        "train_data_dir", "conditioning_data_dir", "reg_data_dir", "output_dir", "logging_dir",
+    }
+)  # fmt: skip
 
 
 def log_folder(logging_dir: Path, log_prefix: str | None, tracker_name: str | None) -> Path:
@@ -22,9 +32,12 @@ def log_folder(logging_dir: Path, log_prefix: str | None, tracker_name: str | No
 class TensorBoardListener:
     """Writes scalars for every step, epoch and validation."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: TrainConfig | None) -> None:
         self._writer = SummaryWriter(str(folder))
         self._validated = 0
+        if config is not None:  # log_config
+            rows = (f"| {name} | {value} |" for name, value in config.flat().items() if name not in PRIVATE)
+            self._writer.add_text("config", "\n".join(("| option | value |", "|---|---|", *rows)))
 
     def on_start(self, state: TrainState) -> TrainState:
         self._write_validation(state)
@@ -37,7 +50,7 @@ class TensorBoardListener:
             "norm/grad_norm": report.grad_norm,
             "speed/seconds_per_step": report.seconds,
             "speed/images_per_second": report.samples / report.seconds,
-            **{f"lr/{name}": rate for name, rate in report.learning_rates},
+            **{f"lr/{name}": rate for name, rate in report.learning_rates.items()},
         }
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, state.step)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from PIL.Image import Image
@@ -16,6 +17,7 @@ from library.config.prompts import SamplePrompt
 from library.config.sections.sampling import SamplingConfig
 from library.distributed.base import World
 from library.files.atomic import replacing
+from library.optim.factory import BuiltOptimizer
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 
@@ -34,7 +36,9 @@ class PreviewListener:
         folder: Path,
         output_name: str | None,
         world: World,
+        optimizer: BuiltOptimizer,
     ) -> None:
+        self._optimizer = optimizer
         self._draw, self._folder, self._output_name = draw, folder, output_name
         self._prompts = list(prompts)[world.rank :: world.size]
         self._config = config
@@ -62,9 +66,10 @@ class PreviewListener:
 
     def _draw_all(self, *, epoch: int | None, step: int) -> None:
         for prompt in self._prompts:
-            image = self._draw(prompt)
+            with self._optimizer.evaluating():
+                image = self._draw(prompt)
             name = sample_file_name(
-                self._output_name, epoch=epoch, step=step, index=prompt.index, seed=prompt.seed
+                prompt, output_name=self._output_name, epoch=epoch, step=step, when=datetime.now()
             )
             with replacing(self._folder / name) as temporary:
                 image.save(temporary)

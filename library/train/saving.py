@@ -12,6 +12,7 @@ import torch
 
 from library.config.sections.saving import SavingConfig
 from library.distributed.base import World
+from library.optim.factory import BuiltOptimizer
 from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
 from library.train.naming import SavePoint, epoch_save, last_stem, step_save, step_stem
 from library.train.state import TrainState
@@ -32,13 +33,15 @@ class Saver:
         self,
         *,
         config: SavingConfig,
-        folder: Path,
         network: NetworkHandle,
         metadata: Callable[[TrainState, int], Mapping[str, str]],
         capture: Callable[[TrainState], SavedRun],
         world: World,
+        optimizer: BuiltOptimizer,
     ) -> None:
-        self._config, self._folder, self._network = config, folder, network
+        self._optimizer = optimizer
+        assert config.output_dir is not None, "checked by the config rules"
+        self._config, self._folder, self._network = config, config.output_dir, network
         self._metadata, self._capture, self._world = metadata, capture, world
         self.written: list[Path] = []
 
@@ -48,7 +51,8 @@ class Saver:
         if self._world.is_main:
             start = time.perf_counter()
             dtype = SAVE_DTYPES[self._config.save_precision]
-            self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
+            with self._optimizer.evaluating():
+                self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
             seconds = time.perf_counter() - start
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
             self.written.append(path)
@@ -58,7 +62,8 @@ class Saver:
         """Write the state folder `<stem>-state`."""
         folder = self._folder / f"{stem}{STATE_SUFFIX}"
         if self._world.is_main:
-            save_run(folder, self._capture(state))
+            with self._optimizer.evaluating():
+                save_run(folder, self._capture(state))
             logger.info("saved the state in %s", folder)
             self.written.append(folder)
         return folder

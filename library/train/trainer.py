@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from library.distributed.base import Backend
 from library.errors import TrainingDiverged
 from library.flow.objective import Objective
 from library.optim.factory import BuiltOptimizer
+from library.optim.schedules import Schedule
 from library.train.state import TrainState
 from networks.interface import NetworkHandle
 
@@ -32,7 +33,7 @@ class StepReport:
 
     loss: float  # mean over the step's samples
     grad_norm: float  # L2, before clipping
-    learning_rates: tuple[tuple[str, float], ...]  # (parameter group, rate used in this step)
+    learning_rates: Mapping[str, float]  # by parameter group, as used in this step
     samples: int
     seconds: float
     skipped: bool  # fp16 overflow: the parameters were left as they were
@@ -70,7 +71,7 @@ class Trainer:
     parameters: Sequence[nn.Parameter]
     objective: Objective
     optimizer: BuiltOptimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: Schedule
     backend: Backend
     limits: Limits
     listeners: Sequence[Listener]
@@ -96,7 +97,6 @@ class Trainer:
     def optimizer_step(self, batches: Iterator[Batch]) -> tuple[StepReport, bool]:
         """Micro-steps, clip, update. Returns the report and whether any rank was asked to stop."""
         start = time.perf_counter()
-        self.optimizer.train()
         total = torch.zeros(3, dtype=torch.float64, device=self.backend.world.device)  # loss, samples, stop
         for micro_step in range(self.limits.micro_steps):
             batch = next(batches)
@@ -110,10 +110,11 @@ class Trainer:
         self.network.on_gradients()
         loss, samples, stop = self.backend.sum(total).tolist()  # the step's one wait for the device
         self._check_finite(loss)
-        rates = tuple(self.optimizer.learning_rates())
+        adapted = {f"d*lr/{name}": rate for name, rate in self.optimizer.adapted_rates().items()}
+        rates = {**self.optimizer.learning_rates(), **adapted}
         stepped = self.backend.step(self.optimizer.optimizer)
         if stepped:
-            self.schedule.step()
+            self.schedule.step(loss)
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         if self.limits.scale_weight_norms:
             self.network.apply_max_norm(self.limits.scale_weight_norms)
@@ -127,7 +128,7 @@ class Trainer:
         torch.manual_seed(randomness.integer(self.state.seed, "network", *batch.visits[0]))
         self.network.on_step_start()
         inputs = self.adapter.inputs(batch)
-        draw = self.objective.draw(inputs.latents, batch.visits, self.state.seed)
+        draw = self.objective.draw(inputs.latents, batch.visits, seed=self.state.seed)
         prediction = self.module(draw.x_t, draw.t, inputs.cond)  # [B, 16, h, w]; all that is trained is used here
         loss_B = self.objective.loss(prediction, draw, inputs.mask)  # [B]
         loss = (loss_B * inputs.sample_weights).sum()

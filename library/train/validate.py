@@ -17,6 +17,7 @@ from library.config.sections.validation import ValidationConfig
 from library.data.records import Batch
 from library.distributed.base import Backend
 from library.flow.objective import Objective
+from library.optim.factory import BuiltOptimizer
 from library.train.state import TrainState, falling_ratio
 from library.train.trainer import StepReport
 
@@ -24,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 def fixed_timesteps(least: int | None, most: int | None) -> tuple[float, ...]:
-    """The four validation timesteps in (0, 1): inner points of six over [least, most] of 1000, truncated."""
+    """The four validation timesteps: inner points of six over [least, most] within 0..1000, truncated."""
     low, high = least or 0, 1000 if most is None else most
-    return tuple(int(low + (high - low) * i / 5) / 1000 for i in range(1, 5))
+    return tuple(float(int(low + (high - low) * i / 5)) for i in range(1, 5))
 
 
 class Validator:
@@ -49,19 +50,21 @@ class Validator:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean over validation samples and timesteps; the same on every rank."""
-        was_training = self._module.training
         self._module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self._backend.world.device)
         for batch in self._batches():
             inputs = self._adapter.inputs(batch)
             real = (batch.shares > 0).to(total.device)
             for t in self._timesteps:
-                draw = self._objective.draw_fixed(inputs.latents, batch.visits, self._seed, t)
+                times = [t] * len(batch.visits)
+                draw = self._objective.draw_fixed(
+                    inputs.latents, batch.visits, seed=self._seed, timesteps=times
+                )
                 prediction = self._module(draw.x_t, draw.t, inputs.cond)
                 losses = self._objective.loss(prediction, draw, inputs.mask)  # [B]
                 total[0] += (losses * real).sum()
                 total[1] += real.sum()
-        self._module.train(was_training)
+        self._module.train()
         loss_sum, count = self._backend.sum(total).tolist()
         return float(loss_sum / count)
 
@@ -69,8 +72,8 @@ class Validator:
 class ValidationListener:
     """Validates at the start, every n steps and at epoch ends; says how far the loss fell."""
 
-    def __init__(self, validator: Validator, config: ValidationConfig) -> None:
-        self._validator = validator
+    def __init__(self, validator: Validator, config: ValidationConfig, optimizer: BuiltOptimizer) -> None:
+        self._validator, self._optimizer = validator, optimizer
         self._every_steps = config.validate_every_n_steps
         self._every_epochs = config.validate_every_n_epochs or 1
 
@@ -97,6 +100,7 @@ class ValidationListener:
         return state
 
     def _validate(self, state: TrainState) -> TrainState:
-        loss = self._validator.loss()
+        with self._optimizer.evaluating():
+            loss = self._validator.loss()
         logger.info("step %d  validation loss %.4f (fixed draw)", state.step, loss)
         return state.after_validation(loss)
