@@ -1,0 +1,69 @@
+"""Gradient-guided perturbation (GGPO) of one adapted layer, after Kohya's `ggpo_sigma` and `ggpo_beta`.
+
+In training the layer's weight is disturbed by noise whose standard deviation in output row i is
+
+    (sigma * combined_i + beta * grad_i^2) / sqrt(out)
+
+where combined_i is the norm of row i of base weight and adapter together, and grad_i the norm of row i of
+the gradient of the product up @ down. Both follow from Gram matrices of the factors (rank x rank), so no
+matrix of the weight's size is formed for them. The base weight's rows enter by their mean norm, taken once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_SAMPLED_ROWS = 1000
+
+
+class Perturbation:
+    """The running norms of one layer; `sigma` and `beta` as in `network_args`. Nothing here is saved."""
+
+    def __init__(self, linear: nn.Linear, *, sigma: float, beta: float) -> None:
+        self.sigma = sigma
+        self.beta = beta
+        self._linear = (linear,)
+        self._base_norm: Tensor | None = (
+            None  # scalar; read at first use, so that creation works without weights
+        )
+        self.combined: Tensor | None = None  # [out], float32
+        self.gradient: Tensor | None = None  # [out], float32
+
+    @torch.no_grad()
+    def update(self, *, down: Tensor, up: Tensor, scale: float) -> None:
+        """Refresh the norms of `scale * up @ down`; `down` [rank, in], `up` [out, rank], float32."""
+        if self._base_norm is None:
+            weight = self._linear[0].weight
+            step = max(1, -(-weight.shape[0] // _SAMPLED_ROWS))
+            self._base_norm = weight[::step].float().norm(dim=1).mean().to(up.device)
+        rows = _row_products(up, down @ down.T, up) * scale**2
+        self.combined = (self._base_norm**2 + rows).clamp(min=0).sqrt()
+
+    @torch.no_grad()
+    def update_gradient(
+        self, *, down: Tensor, up: Tensor, grad_down: Tensor, grad_up: Tensor, scale: float
+    ) -> None:
+        """Row norms [out] of `scale * (up @ grad_down + grad_up @ down)`; gradients are shaped as factors."""
+        squared = (
+            _row_products(up, grad_down @ grad_down.T, up)
+            + 2 * _row_products(up, grad_down @ down.T, grad_up)
+            + _row_products(grad_up, down @ down.T, grad_up)
+        )
+        self.gradient = (scale**2 * squared).clamp(min=0).sqrt()
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The disturbance of the output for input `x` [..., in], or None before norms are known."""
+        if self.combined is None or self.gradient is None:
+            return None
+        weight = self._linear[0].weight
+        deviation = (self.sigma * self.combined + self.beta * self.gradient**2) / weight.shape[
+            0
+        ] ** 0.5  # [out]
+        noise = torch.randn(weight.shape, device=x.device, dtype=x.dtype)
+        return nn.functional.linear(x, noise * deviation.to(x)[:, None])
+
+
+def _row_products(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
+    """Row-wise l_i^T M r_i: [out, rank], [rank, rank], [out, rank] -> [out]."""
+    return ((left @ middle) * right).sum(dim=1)

@@ -1,0 +1,167 @@
+"""Finding a network module by name and calling it with Kohya's arguments.
+
+What is particular to one foreign module is said here, with its reason, and nowhere else. A module is
+imported and its functions are checked before any weight is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from library.errors import NetworkPluginError
+from networks.options import parse_bool
+
+if TYPE_CHECKING:
+    from library.config.sections.network import NetworkConfig
+
+# Modules of Kohya's trainer for other models: what people copy from SD and SDXL recipes.
+_OTHER_MODELS = frozenset(
+    f"networks.{name}"
+    for name in (
+        "lora",
+        "lora_fa",
+        "dylora",
+        "oft",
+        "oft_flux",
+        "lora_sd3",
+        "lora_lumina",
+        "control_net_lllite",
+    )
+)
+_LYCORIS = "lycoris"
+# LyCORIS reads "0" and "no" as true, and does not convert decompose_both: "False" switches it on.
+_LYCORIS_FLAGS = frozenset(
+    {
+        "use_tucker", "use_cp", "use_conv_cp", "use_scalar", "train_norm", "rescaled", "dora_wd",
+        "wd_on_output", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization", "decompose_both",
+        "train_t5xxl",
+    }
+)  # fmt: skip
+_REQUIRED_FUNCTIONS = ("create_network", "create_network_from_weights")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plugin:
+    """A network module that has what is needed."""
+
+    name: str
+    create_network: Callable[..., Any]
+    create_network_from_weights: Callable[..., Any]
+
+    @property
+    def is_lycoris(self) -> bool:
+        """Whether it is LyCORIS, whose `merge_to` cannot be used (see `networks.interface`)."""
+        return self.name.split(".")[0] == _LYCORIS
+
+
+def load_plugin(name: str | None) -> Plugin:
+    """Import the network module `name`, from our own folder or installed, and check its functions.
+
+    Raises `NetworkPluginError` that says what is missing.
+    """
+    if not name:
+        raise NetworkPluginError("network_module is not set; give networks.lora_flux or lycoris.kohya")
+    if "." not in name and importlib.util.find_spec(f"networks.{name}") is not None:
+        name = f"networks.{name}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise NetworkPluginError(_import_sentence(name, error)) from error
+    missing = [function for function in _REQUIRED_FUNCTIONS if not callable(getattr(module, function, None))]
+    if missing:
+        raise NetworkPluginError(
+            f"network_module {name} lacks {' and '.join(missing)}; it is no network module of this kind"
+        )
+    return Plugin(
+        name=name,
+        create_network=module.create_network,
+        create_network_from_weights=module.create_network_from_weights,
+    )
+
+
+def _import_sentence(name: str, error: ModuleNotFoundError) -> str:
+    missing = error.name or ""
+    if name in _OTHER_MODELS:
+        return (
+            f"network_module {name} is for other models than FLUX; give networks.lora_flux or lycoris.kohya"
+        )
+    if name == missing or name.startswith(f"{missing}."):
+        package = name.split(".")[0]
+        hint = (
+            "pip install lycoris-lora" if package == _LYCORIS else "give networks.lora_flux or lycoris.kohya"
+        )
+        return f"network_module {name} was not found; {hint}"
+    return f"network_module {name} needs the package {missing}, which is not installed"
+
+
+def network_arguments(config: NetworkConfig, plugin: Plugin) -> dict[str, object]:
+    """`network_args` as keyword arguments: strings, and `dropout`, which Kohya adds for LyCORIS."""
+    arguments: dict[str, object] = {}
+    for entry in config.network_args:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise NetworkPluginError(f"network_args {entry!r} is not of the form key=value")
+        flag = plugin.is_lycoris and key in _LYCORIS_FLAGS and value != ""
+        arguments[key] = parse_bool(key, value) if flag else value
+    arguments.setdefault("dropout", config.network_dropout)
+    return arguments
+
+
+def metadata_arguments(config: NetworkConfig) -> dict[str, str | float | None] | None:
+    """What `ss_network_args` holds: the strings and `dropout`, or None when no network_args were given."""
+    if not config.network_args:
+        return None
+    pairs = [entry.partition("=") for entry in config.network_args]
+    return {**{"dropout": config.network_dropout}, **{key: value for key, _, value in pairs}}
+
+
+def create_module(
+    plugin: Plugin,
+    config: NetworkConfig,
+    *,
+    multiplier: float,
+    text_encoders: Sequence[nn.Module],
+    transformer: nn.Module,
+    ae: nn.Module | None,
+) -> nn.Module:
+    """Call `create_network`, or with dim_from_weights `create_network_from_weights`, as Kohya does."""
+    arguments = network_arguments(config, plugin)
+    if config.dim_from_weights and config.network_weights is None:
+        raise NetworkPluginError("dim_from_weights needs network_weights, the file to take the ranks from")
+    # Text encoders go as a list: LyCORIS numbers their names only then.
+    encoders = list(text_encoders)
+    if config.dim_from_weights:
+        file = str(config.network_weights)
+        network, _ = plugin.create_network_from_weights(1, file, ae, encoders, transformer, **arguments)
+    else:
+        if "warn_on_unmatched" in inspect.signature(plugin.create_network).parameters:
+            # Its targets cover many models; for FLUX most of them never match.
+            arguments.setdefault("warn_on_unmatched", False)
+        network = plugin.create_network(
+            multiplier,
+            config.network_dim,
+            config.network_alpha,
+            ae,
+            encoders,
+            transformer,
+            neuron_dropout=config.network_dropout,
+            **arguments,
+        )
+    if not isinstance(network, nn.Module):
+        raise NetworkPluginError(f"network_module {plugin.name} made no network ({network!r})")
+    return network
+
+
+def loaded_values(report: object) -> Mapping[str, Sequence[str]]:
+    """What `load_weights` says of keys that did not fit: torch's named tuple, or LyCORIS's dictionary."""
+    if isinstance(report, Mapping):
+        return {str(key): list(value) for key, value in report.items()}
+    missing, unexpected = getattr(report, "missing_keys", None), getattr(report, "unexpected_keys", None)
+    return {"missing keys": list(missing or ()), "unexpected keys": list(unexpected or ())}
