@@ -93,7 +93,7 @@ class LoRALinear(nn.Module):
         total = float(alpha or target.rank) * max(1, len(target.parts))
         self.scale = total / self.rank
         self.register_buffer("alpha", torch.tensor(total, dtype=torch.float32))
-        self.register_load_state_dict_post_hook(_follow_alpha)
+        self.register_load_state_dict_post_hook(_follow_alpha)  # type: ignore[no-untyped-call]
         # In a tuple, so that the base layer is not registered as part of the adapter.
         self._linear = (linear,)
         self._base_forward: Callable[[Tensor], Tensor] | None = None
