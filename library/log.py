@@ -31,14 +31,16 @@ class OnceFilter(logging.Filter):
 def setup_logging(
     *, is_main: bool, console: Console, level: str = "INFO", file: Path | None = None, simple: bool = False
 ) -> None:
-    """Send the project's records to `console`; other ranks only warn. `level` and the rest are Kohya's console_log_*."""
+    """Send the project's records to `console`; other ranks only warn. The rest is Kohya's console_log_*."""
     handler: logging.Handler
     if simple:
         handler = logging.StreamHandler(console.file)
         handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     else:
-        handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=None)
-    handlers = [handler]
+        handler = RichHandler(
+            console=console, show_path=False, show_time=False, markup=False, highlighter=None
+        )
+    handlers: list[logging.Handler] = [handler]
     if file is not None:
         written = logging.FileHandler(file, mode="w", encoding="utf-8")
         written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

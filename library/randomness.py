@@ -22,7 +22,7 @@ class Visit(NamedTuple):
 
 
 def digest(*parts: object, size: int = 16) -> bytes:
-    """Hash of the parts' text, `size` bytes long. Parts are length-prefixed, so ("ab","c") differs from ("a","bc")."""
+    """Hash of the parts' text, `size` bytes long; ("ab", "c") and ("a", "bc") differ."""
     state = hashlib.blake2b(digest_size=size)
     for part in parts:
         data = str(part).encode("utf-8", "surrogatepass")
@@ -31,7 +31,7 @@ def digest(*parts: object, size: int = 16) -> bytes:
 
 
 def integer(*parts: object, bits: int = 63) -> int:
-    """A non-negative integer of at most `bits` bits made from the parts; seeds other libraries' generators."""
+    """A non-negative integer of at most `bits` bits made from the parts, to seed other generators."""
     return int.from_bytes(digest(*parts), "little") >> (128 - bits)
 
 

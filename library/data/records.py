@@ -1,11 +1,12 @@
 """The types that flow from the data layer to the training step. Frozen; made once, read everywhere.
 
-Shape letters: B samples of a micro-batch, H W image pixels, h w latent cells (H/8, W/8), L text tokens, D width.
+Shape letters: B samples of a micro-batch, H W image pixels, h w latent cells (H/8, W/8), L text tokens, D
+width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -25,6 +26,14 @@ class ImageRecord:
     dataset: int  # index into the resolved datasets
     subset: int  # index into that dataset's subsets
     is_reg: bool = False
+    orientation: int = 1  # EXIF value that `size` and the pixels already honour; 1 is upright
+    mask_path: Path | None = None  # picture of the same size whose red channel weighs the loss
+    cache_name: str = ""  # stem of its cache files where another image has the same stem; "" is its own
+
+    @property
+    def cache_base(self) -> Path:
+        """Path of its cache files up to the part that says what they hold."""
+        return self.path.with_name(self.cache_name or self.path.stem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,15 @@ class TextCond:
     clip_pooled: Tensor  # [B, D_clip]
     t5_hidden: Tensor  # [B, L, D_t5]
     t5_mask: Tensor  # [B, L] int64
+
+    def pin_memory(self) -> TextCond:
+        """The same in page-locked memory."""
+        return replace(
+            self,
+            clip_pooled=self.clip_pooled.pin_memory(),
+            t5_hidden=self.t5_hidden.pin_memory(),
+            t5_mask=self.t5_mask.pin_memory(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +65,9 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch of one bucket. Either `latents` or `images` is set; `text` unless captions are encoded live."""
+    """One micro-batch of one bucket. Either `latents` or `images` is set; `text` unless captions are encoded
+    live.
+    """
 
     visits: tuple[Visit, ...]  # B
     captions: tuple[str, ...]  # B, as processed for this visit
@@ -57,3 +77,19 @@ class Batch:
     loss_weights: Tensor  # [B] float32: 1, or prior_loss_weight for regularisation images
     shares: Tensor  # [B] float32: the sample's share of its optimizer step, 1/samples, or 0 for padding
     mask: Tensor | None  # [B, 1, H, W] float32 in [0, 1], weight of each pixel in the loss
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory; torch's loader calls it by this name."""
+        return replace(
+            self,
+            latents=_pinned(self.latents),
+            images=_pinned(self.images),
+            text=self.text.pin_memory() if self.text is not None else None,
+            loss_weights=self.loss_weights.pin_memory(),
+            shares=self.shares.pin_memory(),
+            mask=_pinned(self.mask),
+        )
+
+
+def _pinned(tensor: Tensor | None) -> Tensor | None:
+    return tensor.pin_memory() if tensor is not None else None

@@ -25,7 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
     On an error the temporary file is removed and `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.stem[:80]}.", suffix=f".tmp{path.suffix}", dir=path.parent
+    )
     os.close(descriptor)
     temporary = Path(name)
     try:

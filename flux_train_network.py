@@ -1,0 +1,54 @@
+"""Trains a LoRA or LyCORIS network for FLUX.1: the command line and nothing else.
+
+    accelerate launch flux_train_network.py --config_file configs/quickstart.toml
+
+Exit codes: 0 done, 1 a bug of ours (traceback), 2 something given cannot be used (one sentence), 3 the loss is no
+longer finite, 4 stopped by a signal after the state was saved.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import library
+from library.config.load import load_config
+from library.errors import TrainerError, UserError
+
+HERE = Path(__file__).resolve().parent
+
+
+def check_own_library() -> None:
+    """Another package named `library` (sd-scripts installs one) must not answer in place of ours."""
+    found = Path(library.__file__ or "").resolve().parent
+    if found != HERE / "library":
+        raise UserError(
+            f"Python found the package `library` in {found}, not the one beside {Path(__file__).name}; "
+            "use an environment of its own, without sd-scripts installed in it"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trainer with command-line `arguments` (without the program's name). Returns the exit code."""
+    try:
+        check_own_library()
+        loaded = load_config(sys.argv[1:] if arguments is None else arguments)
+        # torch takes seconds to import: --help, a wrong option and a missing file answer without it.
+        from library.train.run import run  # noqa: PLC0415
+
+        run(loaded)
+    except TrainerError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # Leave at once: a rank that failed must not wait in interpreter shutdown for ranks that wait for it.
+        os._exit(code)

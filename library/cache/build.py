@@ -1,0 +1,205 @@
+"""The caching pass: decode ahead in threads, encode in batches of one shape, write each file whole as soon as
+it is made.
+
+Killed at any moment, the pass goes on where it was, since what is written is found valid by the next survey.
+Encoders are callables, so this module knows no model and no device. Posterior noise is keyed by the image,
+never by the run's seed, the rank or the batch: latents are the same however the work was divided.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library import randomness
+from library.cache import latents, text
+from library.cache.latents import LatentEntry, LatentNeed, LatentStore
+from library.cache.survey import CacheOptions, Work
+from library.cache.text import TextNeed, TextOptions, TextStore
+from library.data import images
+from library.data.buckets import Size
+from library.data.readers import CachedText
+from library.data.records import TextCond
+from library.errors import ConfigError, DatasetError
+from library.randomness import Visit
+
+EncodeImages = Callable[[Tensor, Tensor], Tensor]  # images [B, 3, H, W], noise [B, 16, h, w] -> [B, 16, h, w]
+EncodeCaptions = Callable[[list[str]], TextCond]
+_CACHE_SEED = 0  # one draw of the posterior for all runs, or every new seed would make the caches stale
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    image: Tensor  # [3, H, W]
+    mask: Tensor | None  # [H, W]
+
+
+def build_latents(
+    work: Work[LatentNeed], store: LatentStore, encode: EncodeImages, *, encoder: str, options: CacheOptions
+) -> int:
+    """Encode all of `work`; returns how many images were encoded.
+
+    Raises ConfigError if the autoencoder gives values that are not finite, DatasetError for an unreadable
+    image or a file that cannot be written.
+    """
+    on_disk = set(work.to_write)
+    total = len(work.to_write) + len(work.to_keep)
+    done = 0
+    for batch, decoded in _decoded_ahead(_batches([*work.to_write, *work.to_keep], options.batch_size)):
+        for need, entry in zip(batch, _encode_batch(batch, decoded, encode), strict=True):
+            if need in on_disk:
+                with _writing(need.path):
+                    latents.write_entries([(need, entry)], encoder=encoder)
+            else:
+                store.memory[(need.path, need.placement.bucket)] = entry
+        done += len(batch)
+        if options.progress is not None:
+            options.progress(done, total)
+    return done
+
+
+def build_text(
+    work: Work[TextNeed],
+    store: TextStore,
+    encode: EncodeCaptions,
+    *,
+    text_options: TextOptions,
+    options: CacheOptions,
+) -> int:
+    """Encode all of `work`; returns how many files' captions were encoded. Equal captions of a batch are
+    encoded once.
+    """
+    on_disk = set(work.to_write)
+    needs = [*work.to_write, *work.to_keep]
+    done = 0
+    for start in range(0, len(needs), options.batch_size):
+        group = needs[start : start + options.batch_size]
+        outputs = _encode_captions(group, encode, options.batch_size)
+        for need in group:
+            texts = [outputs[caption] for caption in need.captions]
+            if need in on_disk:
+                with _writing(need.path):
+                    text.write_file(need, texts, options=text_options)
+            else:
+                store.memory |= {(need.base, caption): outputs[caption] for caption in need.captions}
+        done += len(group)
+        if options.progress is not None:
+            options.progress(done, len(needs))
+    return done
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(
+            f"the cache file {path} cannot be written ({error}); free space there or cache in memory"
+        ) from error
+
+
+def _batches(needs: Sequence[LatentNeed], size: int) -> list[list[LatentNeed]]:
+    """Needs of one bucket each, small buckets first."""
+    by_bucket: dict[Size, list[LatentNeed]] = {}
+    for need in needs:
+        by_bucket.setdefault(need.placement.bucket, []).append(need)
+    ordered = sorted(by_bucket, key=lambda bucket: (bucket[0] * bucket[1], bucket))
+    return [
+        by_bucket[bucket][start : start + size]
+        for bucket in ordered
+        for start in range(0, len(by_bucket[bucket]), size)
+    ]
+
+
+def _decoded_ahead(batches: list[list[LatentNeed]]) -> Iterator[tuple[list[LatentNeed], list[_Decoded]]]:
+    """Batches with their pixels; the next one is decoded while the caller encodes this one."""
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+
+        def submit(number: int) -> list[Future[_Decoded]]:
+            return [pool.submit(_decode, need) for need in batches[number]] if number < len(batches) else []
+
+        coming = submit(0)
+        for number, batch in enumerate(batches):
+            present, coming = coming, submit(number + 1)
+            yield batch, [future.result() for future in present]
+
+
+def _decode(need: LatentNeed) -> _Decoded:
+    """Pixels of one need, and its alpha mask, all ones for a picture without alpha."""
+    picture = images.read_picture(need.record.path)
+    framing = images.frame(need.placement)
+    image = images.image_tensor(images.render(picture.rgb, framing, need.interpolation))
+    if not need.mask:
+        return _Decoded(image, None)
+    if picture.alpha is None:
+        return _Decoded(image, torch.ones(image.shape[1:]))
+    return _Decoded(image, images.mask_tensor(images.render(picture.alpha, framing, need.interpolation))[0])
+
+
+def _encode_batch(
+    batch: list[LatentNeed], decoded: list[_Decoded], encode: EncodeImages
+) -> list[LatentEntry]:
+    """Entries of one batch; mirror images are encoded on their own, with their own noise."""
+    plain = _encode(batch, [one.image for one in decoded], encode, purpose="posterior")
+    mirrored = [number for number, need in enumerate(batch) if need.flip]
+    flipped: dict[int, Tensor] = {}
+    if mirrored:
+        pixels = [decoded[number].image.flip(-1) for number in mirrored]
+        made = _encode([batch[number] for number in mirrored], pixels, encode, purpose="posterior, mirrored")
+        flipped = dict(zip(mirrored, made, strict=True))
+    return [
+        LatentEntry(plain[number], flipped.get(number), decoded[number].mask) for number in range(len(batch))
+    ]
+
+
+def _encode(
+    needs: Sequence[LatentNeed], pixels: list[Tensor], encode: EncodeImages, *, purpose: str
+) -> list[Tensor]:
+    """Latents [16, h, w] float32 on the CPU, one for each need."""
+    noise = torch.stack([posterior_noise(need, purpose) for need in needs])
+    made = encode(torch.stack(pixels), noise).detach().to("cpu", torch.float32)
+    for need, one in zip(needs, made, strict=True):
+        if not torch.isfinite(one).all():
+            raise ConfigError(
+                f"the autoencoder gave values that are not finite for {need.record.path}; give --no_half_vae"
+            )
+    return [one.clone() for one in made]
+
+
+def posterior_noise(need: LatentNeed, purpose: str) -> Tensor:
+    """[16, h, w] float32, standard normal, for sampling the autoencoder's posterior once."""
+    width, height = need.placement.bucket
+    rng = randomness.generator(_CACHE_SEED, Visit(need.record.key, 0), purpose)
+    shape = (latents.CHANNELS, height // latents.CELL, width // latents.CELL)
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+
+def _encode_captions(
+    group: Sequence[TextNeed], encode: EncodeCaptions, batch_size: int
+) -> dict[str, CachedText]:
+    """Outputs by caption, in float32, or float16 where the encoder gives that, as in Kohya's files."""
+    wanted = list(dict.fromkeys(caption for need in group for caption in need.captions))
+    outputs: dict[str, CachedText] = {}
+    for start in range(0, len(wanted), batch_size):
+        chunk = wanted[start : start + batch_size]
+        made = encode(chunk)
+        for number, caption in enumerate(chunk):
+            outputs[caption] = CachedText(
+                _stored(made.clip_pooled[number]),
+                _stored(made.t5_hidden[number]),
+                made.t5_mask[number].detach().to("cpu", torch.int64).clone(),
+            )
+    return outputs
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    kept = tensor.detach().to("cpu")
+    return kept.clone() if kept.dtype == torch.float16 else kept.float().clone()

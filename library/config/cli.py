@@ -1,0 +1,103 @@
+"""The command line: an argparse parser made of the table of options.
+
+argparse splits words and shows --help; values are converted by the table, as those of a file are. Names may
+be shortened as far as they are unambiguous, as Kohya's parser allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from library.config.names import suggestion
+from library.config.notices import Notices
+from library.config.options import COMMAND_LINE, Option
+from library.config.train_config import OPTIONS, SECTIONS
+from library.errors import ConfigError
+
+MARKS = {"used": "", "none": " [no effect]", "refused": " [refused]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What was written for an option, not yet converted, and where."""
+
+    raw: object
+    place: str  # "command line" or "train.toml [section] line 7"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ConfigError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's complaint into one sentence."""
+        raise ConfigError(f"{COMMAND_LINE}: {message}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all options. A given option is the list of its occurrences; others are absent."""
+    parser = Parser(
+        description="Train a LoRA or LyCORIS adapter for FLUX.1, with the options of Kohya's sd-scripts.",
+        usage="%(prog)s [--config_file FILE.toml] [options]",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+    )
+    for section, cls in SECTIONS.items():
+        title = (cls.__doc__ or "").strip().rstrip(".")
+        group = parser.add_argument_group(f"[{section}] {title}")
+        for item in OPTIONS.values():
+            if item.section == section:
+                _add(group, item)
+    return parser
+
+
+def _add(group: argparse._ArgumentGroup, item: Option) -> None:
+    text = help_text(item).replace("%", "%%")
+    if item.type == "bool":
+        group.add_argument(f"--{item.name}", action="append_const", const=True, dest=item.name, help=text)
+        return
+    group.add_argument(
+        f"--{item.name}",
+        action="append",
+        nargs="*" if item.kind.many else None,
+        metavar=item.kind.metavar,
+        help=text,
+    )
+
+
+def help_text(item: Option) -> str:
+    """One line: what it is, what it may be, its default, and whether it has an effect."""
+    choices = ": " + ", ".join(str(choice) for choice in item.row.choices) if item.row.choices else ""
+    default = item.row.default
+    shown = "" if default is None or default is False or default == () else f" (default: {default!r})"
+    return f"{item.row.help}{choices}{shown}{MARKS[item.row.effect.state]}"
+
+
+def parse(argv: Sequence[str], notices: Notices) -> dict[str, Given]:
+    """The options on the command line. The last of a repeated option counts.
+
+    Raises ConfigError for unknown or incomplete options; exits after --help as argparse does.
+    """
+    namespace, rest = make_parser().parse_known_args(list(argv))
+    if rest:
+        raise ConfigError(_unknown(rest))
+    given = {}
+    for name, occurrences in vars(namespace).items():
+        given[name] = Given(occurrences[-1], COMMAND_LINE)
+        dropped = [value for value in occurrences[:-1] if value != occurrences[-1]]
+        if dropped:
+            words = ", ".join(" ".join(v) if isinstance(v, list) else str(v) for v in dropped)
+            notices.remarks.append(
+                f"{COMMAND_LINE}: --{name} is given several times; the last counts, not {words}"
+            )
+    return given
+
+
+def _unknown(rest: Sequence[str]) -> str:
+    flags = [word.split("=")[0] for word in rest if word.startswith("--")]
+    if not flags:
+        return f"{COMMAND_LINE}: {rest[0]!r} belongs to no option; names of options start with --"
+    name = flags[0].removeprefix("--")
+    return f"{COMMAND_LINE}: unknown option '--{name}'" + suggestion(name, OPTIONS)

@@ -1,0 +1,123 @@
+"""Checks of resolved datasets against each other and against the options of caching, batch and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from library.config.dataset_settings import DatasetSettings, SubsetSettings
+from library.config.notices import Notices
+from library.config.train_config import TrainConfig
+from library.errors import ConfigError
+
+PATCH = 16  # pixels: FLUX packs latents of 8 pixels by 2 x 2
+
+
+def check(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Notices) -> None:
+    """Apply every rule to every dataset. Raises ConfigError for the first that is broken."""
+    for number, dataset in enumerate(datasets, 1):
+        place = f"dataset {number}"
+        sizes_fit(dataset, place)
+        has_training_images(dataset, place)
+        batches_fill(config, dataset, place)
+    for place, subset in _subsets(datasets):
+        latents_can_be_cached(config, subset, place)
+        text_can_be_cached(config, subset, place, notices)
+        masks_fit(subset, place)
+    masks_are_there(config, datasets, notices)
+
+
+def sizes_fit(dataset: DatasetSettings, place: str) -> None:
+    """Every image size must be a multiple of 16 pixels, and the buckets must include the resolution."""
+    width, height = dataset.resolution
+    if not dataset.enable_bucket:
+        if width % PATCH or height % PATCH:
+            raise ConfigError(
+                f"{place}: resolution {width}x{height} must be a "
+                f"multiple of {PATCH} in both directions for FLUX; "
+                "change it or set enable_bucket"
+            )
+        return
+    if dataset.bucket_reso_steps % PATCH:
+        raise ConfigError(
+            f"{place}: bucket_reso_steps = {dataset.bucket_reso_steps} must be a multiple of {PATCH} for FLUX"
+        )
+    if dataset.bucket_no_upscale:  # buckets then follow the images' own sizes
+        return
+    if min(width, height) < dataset.min_bucket_reso:
+        raise ConfigError(
+            f"{place}: min_bucket_reso = {dataset.min_bucket_reso} is above the shorter side of resolution "
+            f"{width}x{height}; lower it"
+        )
+    if max(width, height) > dataset.max_bucket_reso:
+        raise ConfigError(
+            f"{place}: max_bucket_reso = {dataset.max_bucket_reso} is below the longer side of resolution "
+            f"{width}x{height}; raise it"
+        )
+
+
+def has_training_images(dataset: DatasetSettings, place: str) -> None:
+    """Regularisation images only accompany others."""
+    if all(subset.is_reg for subset in dataset.subsets):
+        raise ConfigError(f"{place} has regularisation images only: add a subset without is_reg")
+
+
+def batches_fill(config: TrainConfig, dataset: DatasetSettings, place: str) -> None:
+    """global_batch_size is made of whole micro-batches."""
+    wanted = config.training.global_batch_size
+    if wanted is not None and wanted % dataset.batch_size:
+        raise ConfigError(
+            f"{place}: global_batch_size = {wanted} must be a "
+            f"multiple of the batch size, {dataset.batch_size}"
+        )
+
+
+def latents_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: str) -> None:
+    """Cached latents are of one crop and one colouring."""
+    if not config.caching.cache_latents:
+        return
+    for name, on in (("color_aug", subset.color_aug), ("random_crop", subset.random_crop)):
+        if on:
+            raise ConfigError(f"{place}: {name} cannot be used with cache_latents: turn off one of them")
+
+
+def text_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: str, notices: Notices) -> None:
+    """Cached text is of one caption; dropping a whole caption is possible, as the empty one is cached too."""
+    if not config.caching.cache_text_encoder_outputs:
+        return
+    changing = {
+        "shuffle_caption": subset.shuffle_caption,
+        "token_warmup_step": subset.token_warmup_step > 0,
+        "caption_tag_dropout_rate": subset.caption_tag_dropout_rate > 0,
+    }
+    for name, on in changing.items():
+        if on:
+            raise ConfigError(
+                f"{place}: {name} cannot be used with "
+                "cache_text_encoder_outputs, as it changes the caption at each "
+                "visit: turn off one of them"
+            )
+    if subset.enable_wildcard:
+        notices.advice.append(
+            f"{place}: enable_wildcard picks once for each image, as the text encoder outputs are cached"
+        )
+
+
+def masks_fit(subset: SubsetSettings, place: str) -> None:
+    """Masks are not cropped at random with their images."""
+    if subset.conditioning_data_dir is not None and subset.random_crop:
+        raise ConfigError(f"{place}: random_crop cannot be used with mask images: turn it off")
+
+
+def masks_are_there(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Notices) -> None:
+    """masked_loss takes its weights from mask images or alpha channels."""
+    subsets = [subset for _, subset in _subsets(datasets)]
+    if config.dataset.masked_loss and not any(s.conditioning_data_dir or s.alpha_mask for s in subsets):
+        notices.remarks.append(
+            "masked_loss has no effect: no subset has conditioning_data_dir (in dataset_config) or alpha_mask"
+        )
+
+
+def _subsets(datasets: Sequence[DatasetSettings]) -> Iterator[tuple[str, SubsetSettings]]:
+    for number, dataset in enumerate(datasets, 1):
+        for subset in dataset.subsets:
+            yield f"dataset {number}, {subset.metadata_file or subset.image_dir}", subset

@@ -1,0 +1,192 @@
+"""From options to resolved datasets: a dataset_config file, a metadata file, or folders named N_name.
+
+Folders are listed, images are not: that is the data layer's work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from library.config import dataset_rules
+from library.config.dataset_file import DatasetTable, SubsetTable, read_dataset_file
+from library.config.dataset_keys import KEYS
+from library.config.dataset_settings import DatasetSettings, SubsetSettings
+from library.config.notices import Notices
+from library.config.train_config import TrainConfig
+from library.errors import ConfigError, DatasetError
+
+# Enough to tell that a folder holds images; which files are used is decided where they are read.
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"})
+
+
+def resolve_datasets(config: TrainConfig, *, notices: Notices | None = None) -> tuple[DatasetSettings, ...]:
+    """The datasets of a run, every value resolved and checked.
+
+    A dataset_config file wins over in_json, which wins over the folders, as in Kohya. What was left out or
+    changed is said in `notices`. Raises ConfigError for a wrong value, DatasetError for a missing folder.
+    """
+    notices = notices if notices is not None else Notices()
+    data = config.dataset
+    if data.dataset_config is not None:
+        content = read_dataset_file(data.dataset_config, masked_loss=data.masked_loss)
+        general, tables = content.general, content.datasets
+    elif data.in_json is not None:
+        general, tables = {}, (_metadata_table(data.train_data_dir, data.in_json),)
+    else:
+        general, tables = {}, (_folder_table(data.train_data_dir, data.reg_data_dir, notices),)
+    datasets = tuple(_resolve(config, general, table, notices) for table in tables)
+    dataset_rules.check(config, datasets, notices)
+    return datasets
+
+
+def _resolve(
+    config: TrainConfig, general: Mapping[str, object], table: DatasetTable, notices: Notices
+) -> DatasetSettings:
+    values = _fallback(config, _names(DatasetSettings), (table.values, general))
+    if values["resolution"] is None:
+        raise ConfigError(
+            f"{table.place}: resolution is missing: set it there or as --resolution, such as 1024"
+        )
+    subsets = []
+    seen: set[object] = set()
+    for subset in table.subsets:
+        settings = _subset(config, (subset.values, table.values, general), subset)
+        identity = settings.metadata_file or settings.image_dir
+        if settings.num_repeats < 1:
+            notices.remarks.append(
+                f"{subset.place}: num_repeats = {settings.num_repeats}, so {identity} is left out"
+            )
+        elif identity in seen:
+            notices.remarks.append(
+                f"{subset.place}: {identity} is given twice in one dataset; the second is left out"
+            )
+        else:
+            subsets.append(settings)
+            seen.add(identity)
+    if not subsets:
+        raise ConfigError(f"{table.place} has no subset with num_repeats of 1 or more")
+    dataset = DatasetSettings(
+        **values, prior_loss_weight=config.dataset.prior_loss_weight, subsets=tuple(subsets)
+    )
+    return _whole_steps(dataset, table.place, notices)
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(item.name for item in dataclasses.fields(cls) if item.name in KEYS)
+
+
+def _subset(
+    config: TrainConfig, levels: tuple[Mapping[str, object], ...], subset: SubsetTable
+) -> SubsetSettings:
+    values = _fallback(config, _names(SubsetSettings), levels)
+    extension = values["caption_extension"]
+    values["caption_extension"] = extension if extension.startswith(".") else f".{extension}"
+    settings = SubsetSettings(**values)
+    for name, folder in (
+        ("image_dir", settings.image_dir),
+        ("conditioning_data_dir", settings.conditioning_data_dir),
+    ):
+        if folder is not None and not folder.is_dir():
+            raise DatasetError(f"{subset.place}: {name} {folder} is not a folder")
+    if settings.metadata_file is not None and not settings.metadata_file.is_file():
+        raise DatasetError(f"{subset.place}: metadata_file {settings.metadata_file} does not exist")
+    return settings
+
+
+def _fallback(
+    config: TrainConfig, names: tuple[str, ...], levels: tuple[Mapping[str, object], ...]
+) -> dict[str, Any]:
+    """For each name the value of the first level that has it, else the option's; others are absent."""
+    values: dict[str, Any] = {}
+    for name in names:
+        option = KEYS[name].fallback
+        found = next((level[name] for level in levels if name in level), None)
+        if found is not None:
+            values[name] = found
+        elif option is not None:
+            values[name] = config.value(option)
+    return values
+
+
+def _whole_steps(settings: DatasetSettings, place: str, notices: Notices) -> DatasetSettings:
+    """Buckets' limits rounded to multiples of the step: the lower down, the upper up, as in Kohya."""
+    step = settings.bucket_reso_steps
+    low = settings.min_bucket_reso // step * step
+    high = -(-settings.max_bucket_reso // step) * step
+    if not settings.enable_bucket or (low, high) == (settings.min_bucket_reso, settings.max_bucket_reso):
+        return settings
+    notices.remarks.append(
+        f"{place}: bucket sides run from {low} to {high}, "
+        f"as min_bucket_reso = {settings.min_bucket_reso} and "
+        f"max_bucket_reso = {settings.max_bucket_reso} are rounded to multiples of bucket_reso_steps = {step}"
+    )
+    return dataclasses.replace(settings, min_bucket_reso=low, max_bucket_reso=high)
+
+
+def _metadata_table(image_dir: Path | None, metadata_file: Path) -> DatasetTable:
+    values: dict[str, object] = {"metadata_file": metadata_file}
+    if image_dir is not None:
+        values["image_dir"] = image_dir
+    return DatasetTable({}, (SubsetTable(values, "in_json"),), "in_json")
+
+
+def _folder_table(train: Path | None, reg: Path | None, notices: Notices) -> DatasetTable:
+    if train is None:
+        raise ConfigError(
+            "no data: give train_data_dir (a folder with sub-folders such as 10_name) or dataset_config"
+        )
+    subsets = list(_folders(train, "train_data_dir", notices))
+    if reg is not None:
+        subsets += _folders(reg, "reg_data_dir", notices)
+    return DatasetTable({}, tuple(subsets), "train_data_dir")
+
+
+def _folders(base: Path, option: str, notices: Notices) -> Iterator[SubsetTable]:
+    """One subset for each child folder `N_name`, N >= 1, sorted. Raises DatasetError when there is none."""
+    if not base.is_dir():
+        raise DatasetError(f"{option} {base} is not a folder")
+    children = sorted(base.iterdir())
+    images = [child for child in children if child.suffix.lower() in IMAGE_SUFFIXES and child.is_file()]
+    ignored = []
+    found = 0
+    for child in (child for child in children if child.is_dir() and not child.name.startswith(".")):
+        repeats, name = _split_name(child.name)
+        if repeats < 1:
+            ignored.append(child.name)
+            continue
+        found += 1
+        values: dict[str, object] = {"image_dir": child, "num_repeats": repeats, "class_tokens": name}
+        values["is_reg"] = option == "reg_data_dir"
+        yield SubsetTable(values, f"{option} {child.name}")
+    if not found and images:
+        raise DatasetError(
+            f"{option} {base} holds {len(images)} images "
+            "itself: move them into a sub-folder named by repeats and "
+            f"subject, such as {base / '10_name'}"
+        )
+    if not found:
+        listed = f" (found {', '.join(ignored[:5])})" if ignored else ""
+        raise DatasetError(
+            f"{option} {base} has no sub-folder named by repeats and subject, such as 10_name{listed}"
+        )
+    if ignored:
+        notices.remarks.append(
+            f"{option} {base}: folders not named N_name with "
+            f"N of 1 or more are left out: {', '.join(ignored)}"
+        )
+    if images:
+        notices.remarks.append(
+            f"{option} {base}: {len(images)} images beside the N_name folders are left out"
+        )
+
+
+def _split_name(name: str) -> tuple[int, str]:
+    """Repeats and the rest of a folder name `N_name`; 0 repeats when it does not begin with a number."""
+    first, _, rest = name.partition("_")
+    try:
+        return int(first), rest
+    except ValueError:
+        return 0, name

@@ -1,0 +1,91 @@
+"""From the command line to a checked TrainConfig: defaults, then the file, then the command line.
+
+Reads the config file and looks whether named files exist; opens no model and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from library.config import rules
+from library.config.cli import Given, parse
+from library.config.config_file import config_path, read_config_file
+from library.config.implied import apply_implications
+from library.config.notices import Notices
+from library.config.options import UNSET, Option
+from library.config.train_config import OPTIONS, TrainConfig
+from library.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A checked config, what there is to say about it, and where each option's value comes from.
+
+    A source is "default", "command line", "train.toml [section] line 7" or "implied by <option>".
+    """
+
+    config: TrainConfig
+    notices: tuple[str, ...]
+    sources: Mapping[str, str]
+
+
+def load_config(argv: Sequence[str]) -> LoadedConfig:
+    """Read `argv` (without the program's name) and the config file it names, and check the whole.
+
+    With --output_config only the command line is read and nothing is checked across options, as they are
+    about to be written, not used: see `show.output_config`. Raises ConfigError.
+    """
+    notices = Notices()
+    given = parse(argv, notices)
+    writes = "output_config" in given
+    if "config_file" in given:
+        path = config_path(str(given["config_file"].raw))
+        given["config_file"] = Given(str(path), given["config_file"].place)
+        if not writes:
+            given = {**read_config_file(path, notices), **given}
+    values, sources = read_values(given, notices)
+    apply_implications(values, sources, notices)
+    config = TrainConfig.from_values(values)
+    if not writes:
+        rules.check(config, sources, notices)
+    if config.run.strict_config and notices.remarks:
+        raise ConfigError("strict_config allows none of this: " + "; ".join(notices.remarks))
+    return LoadedConfig(
+        config, notices.all(), MappingProxyType({name: sources.get(name, "default") for name in OPTIONS})
+    )
+
+
+def read_values(given: Mapping[str, Given], notices: Notices) -> tuple[dict[str, object], dict[str, str]]:
+    """Converted values and sources of the given options; those left blank are absent. Raises ConfigError."""
+    values: dict[str, object] = {}
+    sources: dict[str, str] = {}
+    idle: dict[str, list[str]] = {}  # reason -> options without effect
+    for name, item in given.items():
+        option = OPTIONS[name]
+        value = _read(option, item)
+        if value is UNSET:
+            continue
+        values[name], sources[name] = value, item.place
+        if option.row.effect.state == "none" and not option.row.effect.quiet and value != option.row.default:
+            idle.setdefault(option.row.effect.reason, []).append(name)
+    notices.remarks.extend(f"No effect: {', '.join(names)} ({reason})" for reason, names in idle.items())
+    return values, sources
+
+
+def _read(option: Option, item: Given) -> object:
+    """The converted value or UNSET. A wrong value of an option without effect is let go."""
+    effect = option.row.effect
+    try:
+        value = option.read(item.raw, item.place)
+    except ConfigError:
+        if effect.state == "none":
+            return UNSET
+        raise
+    reason = effect.refused_values.get(str(value), "")
+    if effect.state == "refused" and value not in (UNSET, option.row.default):
+        reason = effect.reason
+    if reason:
+        raise ConfigError(f"{option.said(item.raw, item.place)}: {reason}")
+    return value

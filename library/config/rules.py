@@ -1,0 +1,306 @@
+"""Checks over several options, one function a rule. They look at options and at whether named files exist.
+
+What depends on the resolved datasets is checked in `dataset_rules`; what needs a model file, at its loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.config.notices import Notices
+from library.config.options import COMMAND_LINE
+from library.config.train_config import OPTIONS, TrainConfig
+from library.errors import ConfigError
+
+FLUX_MODULE = "networks.lora_flux"
+OTHER_MODULES = {
+    "networks.lora": "Stable Diffusion",
+    "networks.lora_fa": "Stable Diffusion",
+    "networks.dylora": "Stable Diffusion",
+    "networks.oft": "Stable Diffusion XL",
+    "networks.lora_sd3": "Stable Diffusion 3",
+    "networks.lora_lumina": "Lumina",
+}
+PROMPT_FILES = (".txt", ".toml", ".json")
+ADAPTIVE_OPTIMIZERS = ("prodigy", "dadapt")  # they find the rate themselves; learning_rate is a factor near 1
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a rule looks at."""
+
+    config: TrainConfig
+    sources: Mapping[str, str]
+    notices: Notices
+
+    def given(self, name: str) -> bool:
+        """Whether the option was written somewhere, or follows from one that was."""
+        return name in self.sources
+
+    def said(self, name: str) -> str:
+        """The option, its value and where it comes from, for a message."""
+        place = self.sources.get(name, "default")
+        value = self.config.value(name)
+        shown = str(value) if isinstance(value, Path) else repr(value)
+        return f"--{name} {shown} ({place})" if place == COMMAND_LINE else f"{name} = {shown} ({place})"
+
+
+def check(config: TrainConfig, sources: Mapping[str, str], notices: Notices) -> None:
+    """Apply every rule. Raises ConfigError for the first broken; the rest goes to `notices`."""
+    context = Context(config, sources, notices)
+    for rule in RULES:
+        rule(context)
+
+
+def network_module_is_for_flux(context: Context) -> None:
+    """An adapter module must be named, and not another model family's."""
+    module = context.config.network.network_module
+    if module is None:
+        raise ConfigError(f"network_module is missing: give {FLUX_MODULE}, or lycoris.kohya for LyCORIS")
+    if module in OTHER_MODULES:
+        family = OTHER_MODULES[module]
+        raise ConfigError(
+            f"{context.said('network_module')} is the module for {family}; FLUX's is {FLUX_MODULE}"
+        )
+
+
+def model_files_are_named(context: Context) -> None:
+    """The base model is needed; beside a single transformer file, so are the other three."""
+    model = context.config.model
+    base = model.pretrained_model_name_or_path
+    if base is None:
+        raise ConfigError("pretrained_model_name_or_path is missing: give the FLUX.1 transformer file")
+    files = {"clip_l": model.clip_l, "t5xxl": model.t5xxl, "ae": model.ae}
+    missing = [name for name, value in files.items() if value is None]
+    if missing and Path(base).suffix in (".safetensors", ".sft"):
+        raise ConfigError(f"{' and '.join(missing)} missing: the file {base} holds the transformer only")
+
+
+def output_has_a_place(context: Context) -> None:
+    """Nothing can be saved without output_dir, nor logged without logging_dir."""
+    if context.config.saving.output_dir is None:
+        raise ConfigError("output_dir is missing: give the folder for adapter files")
+    if context.config.logging.log_with and context.config.logging.logging_dir is None:
+        raise ConfigError(f"{context.said('log_with')} needs logging_dir: give the folder for the logs")
+
+
+def data_has_one_source(context: Context) -> None:
+    """One of dataset_config, in_json and train_data_dir; the first of them wins, as in Kohya."""
+    data = context.config.dataset
+    if not (data.dataset_config or data.in_json or data.train_data_dir):
+        raise ConfigError(
+            "no data: give train_data_dir (a folder with sub-folders such as 10_name) or dataset_config"
+        )
+    names = ("train_data_dir", "reg_data_dir", "in_json")
+    ignored = [context.said(name) for name in names if data.dataset_config and context.given(name)]
+    if ignored:
+        context.notices.remarks.append(f"dataset_config names the data, so ignored: {', '.join(ignored)}")
+    elif data.in_json and data.reg_data_dir:
+        context.notices.remarks.append(f"in_json names the data, so ignored: {context.said('reg_data_dir')}")
+
+
+def named_files_exist(context: Context) -> None:
+    """Local files and folders that the run starts from must be there."""
+    config = context.config
+    named: list[tuple[str, Path | None]] = [
+        ("network_weights", config.network.network_weights),
+        ("dataset_config", config.dataset.dataset_config),
+        *(("base_weights", path) for path in config.network.base_weights),
+    ]
+    if config.saving.resume != Path("auto"):  # "auto" is the newest state of output_dir, if there is one
+        named.append(("resume", config.saving.resume))
+    for name, path in named:
+        if path is not None and not path.exists():
+            raise ConfigError(f"{name} ({context.sources[name]}): {path} does not exist")
+
+
+def constant_schedule_has_no_warmup(context: Context) -> None:
+    """Kohya refuses it too; optimizers that bring their own schedule take none."""
+    schedule = context.config.schedule
+    own_schedule = context.config.optimizer.optimizer_type.lower().endswith("schedulefree")
+    if schedule.lr_scheduler == "constant" and schedule.lr_warmup_steps and not schedule.lr_scheduler_type:
+        if own_schedule:
+            return
+        raise ConfigError(
+            f"{context.said('lr_warmup_steps')} contradicts lr_scheduler = 'constant': "
+            "use constant_with_warmup, or remove the warm-up"
+        )
+
+
+def huber_has_a_schedule(context: Context) -> None:
+    """The default schedule `snr` needs the noise schedule of other model families."""
+    objective = context.config.objective
+    if objective.loss_type in ("huber", "smooth_l1") and objective.huber_schedule == "snr":
+        raise ConfigError(
+            f"{context.said('loss_type')} cannot use huber_schedule 'snr' with FLUX: "
+            "set huber_schedule to exponential or constant"
+        )
+
+
+def precision_fits(context: Context) -> None:
+    """bf16 weights and fp8 storage need a 16-bit computation."""
+    training, memory = context.config.training, context.config.memory
+    if training.full_bf16 and training.mixed_precision != "bf16":
+        raise ConfigError(
+            f"{context.said('full_bf16')} needs mixed_precision bf16, not {training.mixed_precision}"
+        )
+    if memory.fp8_base and training.mixed_precision == "no":
+        raise ConfigError(
+            f"{context.said('fp8_base')} needs mixed_precision bf16 or fp16: set mixed_precision to bf16"
+        )
+    if training.mixed_precision == "fp16":
+        context.notices.advice.append(
+            f"{context.said('mixed_precision')}: FLUX can overflow in fp16; bf16 is recommended"
+        )
+
+
+def length_is_given_once(context: Context) -> None:
+    """Epochs win over steps, as in Kohya."""
+    training, saving = context.config.training, context.config.saving
+    if training.max_train_epochs is not None and context.given("max_train_steps"):
+        context.notices.remarks.append(
+            f"{context.said('max_train_epochs')} decides the "
+            f"length, so ignored: {context.said('max_train_steps')}"
+        )
+    elif training.max_train_epochs is None and (saving.initial_step or 0) >= training.max_train_steps:
+        raise ConfigError(
+            f"{context.said('initial_step')} is not below max_train_steps = {training.max_train_steps}"
+        )
+
+
+def batch_is_given_once(context: Context) -> None:
+    """global_batch_size decides the accumulation."""
+    training = context.config.training
+    if training.global_batch_size and training.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            f"{context.said('gradient_accumulation_steps')} contradicts {context.said('global_batch_size')}, "
+            "which decides the accumulation: give one of them"
+        )
+
+
+def network_parts_fit(context: Context) -> None:
+    """What is trained, and which weights it starts from."""
+    network = context.config.network
+    if network.network_train_unet_only and network.network_train_text_encoder_only:
+        raise ConfigError(
+            f"{context.said('network_train_unet_only')} and "
+            f"{context.said('network_train_text_encoder_only')} "
+            "leave nothing to train: give one of them"
+        )
+    if network.dim_from_weights and network.network_weights is None:
+        raise ConfigError(
+            f"{context.said('dim_from_weights')} needs network_weights: give the file with the ranks"
+        )
+    if len(network.base_weights_multiplier) > len(network.base_weights):
+        raise ConfigError(
+            f"{context.said('base_weights_multiplier')} has more values than base_weights has files "
+            f"({len(network.base_weights)})"
+        )
+
+
+def text_encoder_training_fits(context: Context) -> None:
+    """T5 is trained only when its outputs are computed live; at most two learning rates are known."""
+    config = context.config
+    words = (argument.partition("=") for argument in config.network.network_args)
+    train_t5 = any(
+        key.strip() == "train_t5xxl" and value.strip().lower() == "true" for key, _, value in words
+    )
+    if train_t5 and config.caching.cache_text_encoder_outputs and not config.network.network_train_unet_only:
+        raise ConfigError(
+            f"network_args train_t5xxl=True ({context.sources['network_args']}) cannot be used with "
+            f"{context.said('cache_text_encoder_outputs')}: T5's outputs change while it is trained"
+        )
+    rates = config.optimizer.text_encoder_lr or ()
+    if len(rates) > 2:
+        raise ConfigError(f"{context.said('text_encoder_lr')}: give one value, or two for CLIP-L and T5")
+
+
+def loader_fits(context: Context) -> None:
+    """Processes that do not exist cannot be kept."""
+    data = context.config.dataset
+    if data.persistent_data_loader_workers and data.max_data_loader_n_workers == 0:
+        context.notices.remarks.append(
+            f"{context.said('persistent_data_loader_workers')} has no effect with "
+            "max_data_loader_n_workers = 0"
+        )
+
+
+def samples_have_prompts(context: Context) -> None:
+    """Sampling needs prompts; a name that looks like a prompt file must be one."""
+    sampling = context.config.sampling
+    wishes = ("sample_at_first", "sample_every_n_steps", "sample_every_n_epochs")
+    wish = next((name for name in wishes if context.config.value(name)), None)
+    prompts = sampling.sample_prompts
+    if wish and prompts is None:
+        raise ConfigError(f"{context.said(wish)} needs sample_prompts: give a prompt file or a prompt")
+    if prompts is None:
+        return
+    if not wish:
+        context.notices.advice.append(
+            "sample_prompts is given, but no sample is drawn: "
+            "set sample_every_n_steps or sample_every_n_epochs"
+        )
+        return
+    is_name = "\n" not in prompts and prompts.lower().endswith(PROMPT_FILES)
+    if is_name and not Path(prompts).expanduser().is_file():
+        raise ConfigError(f"{context.said('sample_prompts')}: there is no such file")
+
+
+def defaults_suit_flux(context: Context) -> None:
+    """Kohya's defaults that hurt on FLUX keep their meaning and are named with the recommended value."""
+    for name, recommended in RECOMMENDED.items():
+        if not context.given(name):
+            default = OPTIONS[name].row.default
+            context.notices.advice.append(
+                f"{name} is not given and stays at {default}; {recommended} is recommended for FLUX"
+            )
+    objective = context.config.objective
+    if objective.timestep_sampling in ("shift", "sigma") and not context.given("discrete_flow_shift"):
+        context.notices.advice.append(
+            "discrete_flow_shift is not given and stays at 3.0; 3.1582 is recommended for FLUX"
+        )
+
+
+def learning_rate_is_meant(context: Context) -> None:
+    """The default of 2e-6 trains almost nothing; adaptive optimizers want about 1."""
+    optimizer = context.config.optimizer
+    adaptive = any(name in optimizer.optimizer_type.lower() for name in ADAPTIVE_OPTIMIZERS)
+    if not context.given("learning_rate") and optimizer.unet_lr is None:
+        value = (
+            "1.0 is recommended with " + optimizer.optimizer_type if adaptive else "1e-4 is usual for a LoRA"
+        )
+        context.notices.advice.append(f"learning_rate is not given and stays at 2e-06; {value}")
+    network = context.config.network
+    if not (network.network_train_unet_only or context.given("text_encoder_lr")):
+        context.notices.advice.append(
+            "CLIP-L is trained as well, with learning_rate; set "
+            "network_train_unet_only to train the transformer alone"
+        )
+
+
+RECOMMENDED = {
+    "guidance_scale": "1.0",
+    "timestep_sampling": "shift or flux_shift",
+    "model_prediction_type": "raw",
+}
+
+RULES = (
+    network_module_is_for_flux,
+    model_files_are_named,
+    output_has_a_place,
+    data_has_one_source,
+    named_files_exist,
+    constant_schedule_has_no_warmup,
+    huber_has_a_schedule,
+    precision_fits,
+    length_is_given_once,
+    batch_is_given_once,
+    network_parts_fit,
+    text_encoder_training_fits,
+    loader_fits,
+    samples_have_prompts,
+    defaults_suit_flux,
+    learning_rate_is_meant,
+)

@@ -1,0 +1,1 @@
+"""The options, one dataclass a section. A field is the only place that declares its option."""

@@ -1,0 +1,49 @@
+"""[memory] What is recomputed, compressed or compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.config.options import Limit, no_effect, option
+
+WHOLE_ON_GPU = no_effect("the whole transformer stays on the GPU in this version")
+ALWAYS_SDPA = "attention is always torch's scaled_dot_product_attention"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """Memory and speed."""
+
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    fp8_base: bool = option(False, "store frozen weights as float8 and compute in the training precision")
+    fp8_base_unet: bool = option(False, "the same for the transformer only; implies fp8_base")
+    torch_compile: bool = option(False, "compile the transformer")
+    dynamo_backend: str = option(
+        "inductor",
+        "backend of torch_compile",
+        choices=(
+            "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs",
+            "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm",
+        ),
+        unset=("no",),
+    )  # fmt: skip
+    blocks_to_swap: int | None = option(
+        None,
+        "transformer blocks kept in main memory",
+        limit=Limit(ge=0, unit="blocks"),
+        effect=WHOLE_ON_GPU,
+        unset=(0,),
+    )
+    cpu_offload_checkpointing: bool = option(
+        False, "keep checkpointed activations in main memory", effect=WHOLE_ON_GPU
+    )
+    split_mode: bool = option(False, "old form of blocks_to_swap", effect=WHOLE_ON_GPU)
+    lowram: bool = option(
+        False, "save main memory", effect=no_effect("each model is loaded straight to where it is used")
+    )
+    highvram: bool = option(
+        False, "keep models on the GPU", effect=no_effect("each model is loaded straight to where it is used")
+    )
+    sdpa: bool = option(False, "use torch's attention", effect=no_effect(ALWAYS_SDPA, quiet=True))
+    xformers: bool = option(False, "use xformers' attention", effect=no_effect(ALWAYS_SDPA))
+    mem_eff_attn: bool = option(False, "use memory-efficient attention", effect=no_effect(ALWAYS_SDPA))

@@ -1,0 +1,72 @@
+"""The resolved options as a table, and as the text of a config file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import toml
+
+from library.config.load import LoadedConfig
+from library.config.train_config import OPTIONS
+from library.errors import ConfigError
+
+SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
+NOT_WRITTEN = SECRETS | {"config_file", "output_config", "dry_run", "strict_config"}
+
+
+class ResolvedOption(NamedTuple):
+    """One line of what --dry_run prints."""
+
+    name: str
+    value: str
+    source: str
+    effect: str  # "used", "none" or "refused"
+
+
+def resolved_table(loaded: LoadedConfig) -> list[ResolvedOption]:
+    """Every option with its value, its source and whether it has an effect. Secrets are masked."""
+    return [
+        ResolvedOption(
+            name=name,
+            value="***" if name in SECRETS and value else _shown(value),
+            source=loaded.sources[name],
+            effect=OPTIONS[name].row.effect.state,
+        )
+        for name, value in loaded.config.flat().items()
+    ]
+
+
+def _shown(value: object) -> str:
+    if value is None or value == ():
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(str(item) for item in value)
+    return str(value)
+
+
+def output_config(loaded: LoadedConfig) -> tuple[Path, str]:
+    """The file that --output_config asks for and its text: a flat TOML of what differs from the defaults.
+
+    The caller writes it. Secrets and the options of `run` are left out. Raises ConfigError when
+    --config_file is missing or the file exists.
+    """
+    path = loaded.config.run.config_file
+    if path is None:
+        raise ConfigError("--output_config needs --config_file: name the file to write")
+    if path.exists():
+        raise ConfigError(f"--output_config: {path} exists; remove it or name another file as --config_file")
+    values = {
+        name: _written(value)
+        for name, value in loaded.config.flat().items()
+        if value != OPTIONS[name].row.default and name not in NOT_WRITTEN
+    }
+    return path, toml.dumps(values)
+
+
+def _written(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_written(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

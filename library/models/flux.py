@@ -1,0 +1,152 @@
+"""The FLUX.1 transformer: velocity of the latents at a time, given text.
+
+Embed, double blocks, single blocks, last layer, as Black Forest Labs published it; the layers are in
+`library.models.layers`. It knows nothing of noise schedules or losses (`library.flow`), nor of files
+(`library.models.load`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from library.models.activation_checkpoint import Recomputation
+from library.models.layers import (
+    EMBEDDING_WIDTH,
+    DoubleStreamBlock,
+    LastLayer,
+    MLPEmbedder,
+    SingleStreamBlock,
+    sinusoidal_embedding,
+)
+from library.models.params import FluxParams
+from library.models.rope import rotations
+
+Result = TypeVar("Result")
+
+
+class Flux(nn.Module):
+    """FLUX.1, dev (with guidance embedding) or schnell (without), of any size.
+
+    B batch, N image tokens (2x2 patches of the latents), T text tokens.
+    """
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        self.params = params
+        self.recomputation: Recomputation | None = None
+        hidden, heads, mlp = params.hidden_size, params.num_heads, params.mlp_hidden
+        self.img_in = nn.Linear(params.in_channels, hidden)
+        self.time_in = MLPEmbedder(EMBEDDING_WIDTH, hidden)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, hidden)
+        self.guidance_in = MLPEmbedder(EMBEDDING_WIDTH, hidden) if params.guidance_embed else nn.Identity()
+        self.txt_in = nn.Linear(params.context_in_dim, hidden)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(hidden, heads, mlp, params.qkv_bias) for _ in range(params.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(hidden, heads, mlp) for _ in range(params.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(hidden, params.out_channels)
+
+    def enable_gradient_checkpointing(
+        self, *, blocks: int | None = None, offload_inputs: bool = False
+    ) -> None:
+        """Recompute activations of the first `blocks` blocks (all if None) in the backward pass.
+
+        Takes effect in train mode while gradients are recorded. `offload_inputs` keeps the blocks' inputs
+        in host memory meanwhile.
+        """
+        self.recomputation = Recomputation(blocks=blocks, offload_inputs=offload_inputs)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep every activation again."""
+        self.recomputation = None
+
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the token streams: autocast's if it is on, else that of the embedding weights."""
+        device = self.img_in.weight.device.type
+        return (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else self.img_in.weight.dtype
+        )
+
+    def forward(  # noqa: PLR0913 (the published signature)
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        txt_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity, noise minus image, of every patch.
+
+        Args:
+            img: [B, N, in_channels] noisy patches.
+            img_ids: [B, N, 3] positions: 0, row, column.
+            txt: [B, T, context_in_dim] T5 tokens.
+            txt_ids: [B, T, 3] zeros.
+            timesteps: [B] in (0, 1), float32; 1 is pure noise.
+            y: [B, vec_in_dim] pooled CLIP vectors.
+            guidance: [B], or None for a model without guidance embedding.
+            txt_attention_mask: [B, T], nonzero where a text token may be attended to; None for all.
+
+        Returns:
+            [B, N, out_channels] in the compute dtype.
+
+        Raises:
+            ValueError: `guidance` is missing on a model that embeds it.
+        """
+        dtype = self.compute_dtype()
+        vec = self._condition(timesteps, y.to(dtype), guidance)
+        image, text = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
+        rotation = rotations(torch.cat((txt_ids, img_ids), dim=1), self.params.axes_dim, self.params.theta)
+        mask = None if txt_attention_mask is None else _key_mask(txt_attention_mask, img.shape[1])
+        for index, block in enumerate(self.double_blocks):
+            image, text = self._run(index, block, image, text, vec, rotation, mask)
+        stream = torch.cat((text, image), dim=1)
+        for index, block in enumerate(self.single_blocks, start=len(self.double_blocks)):
+            stream = self._run(index, block, stream, vec, rotation, mask)
+        out: Tensor = self.final_layer(stream[:, txt.shape[1] :], vec)
+        return out
+
+    def _condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        """The vector [B, D] that steers every block; sinusoids are rounded only after they are made."""
+        vec = self._embed(self.time_in, sinusoidal_embedding(timesteps).to(y.dtype))
+        if self.params.guidance_embed:
+            if guidance is None:
+                raise ValueError(
+                    "this model embeds guidance, so its forward pass needs a guidance value per sample"
+                )
+            vec = vec + self._embed(self.guidance_in, sinusoidal_embedding(guidance).to(y.dtype))
+        return vec + self._embed(self.vector_in, y)
+
+    def _embed(self, embedder: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        recomputation = self._active()
+        if recomputation is not None and recomputation.blocks is None:
+            return recomputation.run(embedder, x)
+        return embedder(x)
+
+    def _run(self, index: int, block: Callable[..., Result], *arguments: object) -> Result:
+        recomputation = self._active()
+        if recomputation is not None and recomputation.covers(index):
+            return recomputation.run(block, *arguments)
+        return block(*arguments)
+
+    def _active(self) -> Recomputation | None:
+        return self.recomputation if self.training and torch.is_grad_enabled() else None
+
+
+def _key_mask(txt_attention_mask: Tensor, image_tokens: int) -> Tensor:
+    """Boolean mask [B, 1, 1, T + N] over keys: the text's own, and every image token."""
+    image = torch.ones(
+        txt_attention_mask.shape[0], image_tokens, dtype=torch.bool, device=txt_attention_mask.device
+    )
+    return torch.cat((txt_attention_mask.bool(), image), dim=1)[:, None, None, :]

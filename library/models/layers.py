@@ -1,0 +1,213 @@
+"""The layers of the FLUX.1 transformer, with the attribute and class names of Black Forest Labs.
+
+Names are interface: keys of checkpoints and of every adapter come from them, and plug-ins look for
+`DoubleStreamBlock`, `SingleStreamBlock` and plain `nn.Linear`. Maths as in the FLUX.1 reference
+implementation.
+
+Shape letters: B batch, T text tokens, N image tokens, L = T + N, D hidden size, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from library.models.rope import Rotation, rotate
+
+EPSILON = 1e-6  # of every normalisation in the transformer
+EMBEDDING_WIDTH = 256  # of the sinusoidal embedding of timestep and guidance
+
+
+def sinusoidal_embedding(t: Tensor, *, width: int = EMBEDDING_WIDTH) -> Tensor:
+    """Embed `t` [B], in (0, 1) for timesteps, as [B, width] float32: cosines, then sines, of 1000 t.
+
+    Always float32: in bfloat16 1000 t has steps of 4 above 512, so the model would see another time than
+    the one the noise was mixed for.
+    """
+    half = width // 2
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
+    angles = 1000.0 * t.float().unsqueeze(-1) * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+    """Attention of [B, H, L, D / H] queries, keys and values, as [B, L, D].
+
+    `mask` is a boolean key mask [B, 1, 1, L], true where a token may be looked at, or None.
+    """
+    q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h l d -> b l (h d)")
+
+
+class MLPEmbedder(nn.Module):
+    """Two Linear layers with a SiLU between them: [B, in_dim] to [B, hidden_dim]."""
+
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.silu = nn.SiLU()
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out_layer(self.silu(self.in_layer(x)))
+        return out
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation of the last axis, computed in float32, in the input's dtype."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.scale.dtype:  # one kernel, which accumulates in float32
+            return F.rms_norm(x, self.scale.shape, self.scale, EPSILON).to(x.dtype)
+        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), EPSILON).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    """Normalisation of queries and keys, each with its own scale."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; the attention itself is joint and lives in the block."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries and keys, and values, of `x` [B, L, D]: each [B, H, L, D / H]."""
+        q, k, v = rearrange(self.qkv(x), "b l (k h d) -> k b h l d", k=3, h=self.num_heads).unbind(0)
+        q, k = self.norm(q, k)
+        return q, k, v
+
+
+class ModulationOut(NamedTuple):
+    """Shift, scale and gate of one residual branch, each [B, 1, D]."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What the branch sees of the normalised stream `x` [B, L, D]."""
+        return torch.addcmul(self.shift, 1 + self.scale, x)
+
+
+class Modulation(nn.Module):
+    """Shifts, scales and gates from the conditioning vector: one triple, or two for a double block."""
+
+    def __init__(self, dim: int, *, double: bool) -> None:
+        super().__init__()
+        self.is_double = double
+        self.lin = nn.Linear(dim, (6 if double else 3) * dim)
+
+    def forward(self, vec: Tensor) -> tuple[ModulationOut, ...]:
+        parts = self.lin(F.silu(vec)).unsqueeze(1).chunk(6 if self.is_double else 3, dim=-1)
+        return tuple(ModulationOut(*parts[i : i + 3]) for i in range(0, len(parts), 3))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text streams with weights of their own and one joint attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.img_mod = Modulation(hidden_size, double=True)
+        self.img_norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPSILON)
+        self.img_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
+        self.img_norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPSILON)
+        self.img_mlp = _mlp(hidden_size, mlp_hidden)
+        self.txt_mod = Modulation(hidden_size, double=True)
+        self.txt_norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPSILON)
+        self.txt_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
+        self.txt_norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPSILON)
+        self.txt_mlp = _mlp(hidden_size, mlp_hidden)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`img` [B, N, D] and `txt` [B, T, D] after the block; `rotation` and `mask` cover [txt, img]."""
+        img_attn_mod, img_mlp_mod = self.img_mod(vec)
+        txt_attn_mod, txt_mlp_mod = self.txt_mod(vec)
+        img_q, img_k, img_v = self.img_attn.heads(img_attn_mod.enter(self.img_norm1(img)))
+        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_attn_mod.enter(self.txt_norm1(txt)))
+        joint = attention(
+            torch.cat((txt_q, img_q), dim=2),
+            torch.cat((txt_k, img_k), dim=2),
+            torch.cat((txt_v, img_v), dim=2),
+            rotation,
+            mask,
+        )
+        txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
+        img = torch.addcmul(img, img_attn_mod.gate, self.img_attn.proj(img_out))
+        img = torch.addcmul(img, img_mlp_mod.gate, self.img_mlp(img_mlp_mod.enter(self.img_norm2(img))))
+        txt = torch.addcmul(txt, txt_attn_mod.gate, self.txt_attn.proj(txt_out))
+        txt = torch.addcmul(txt, txt_mlp_mod.gate, self.txt_mlp(txt_mlp_mod.enter(self.txt_norm2(txt))))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """One stream of text and image tokens; attention and MLP side by side behind a shared Linear."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.linear1 = nn.Linear(hidden_size, hidden_size * 3 + mlp_hidden)
+        self.linear2 = nn.Linear(hidden_size + mlp_hidden, hidden_size)
+        self.norm = QKNorm(hidden_size // num_heads)
+        self.pre_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPSILON)
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.modulation = Modulation(hidden_size, double=False)
+
+    def forward(self, x: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None = None) -> Tensor:
+        """`x` [B, L, D] after the block."""
+        (mod,) = self.modulation(vec)
+        inner = self.linear1(mod.enter(self.pre_norm(x)))
+        qkv, mlp = inner[..., : 3 * self.hidden_size], inner[..., 3 * self.hidden_size :]
+        q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads).unbind(0)
+        q, k = self.norm(q, k)
+        attended = attention(q, k, v, rotation, mask)
+        return torch.addcmul(x, mod.gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))
+
+
+class LastLayer(nn.Module):
+    """Modulated normalisation and the projection to latent patches."""
+
+    def __init__(self, hidden_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPSILON)
+        self.linear = nn.Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        """[B, N, D] to [B, N, out_channels]."""
+        shift, scale = self.adaLN_modulation(vec).unsqueeze(1).chunk(2, dim=-1)
+        out: Tensor = self.linear(torch.addcmul(shift, 1 + scale, self.norm_final(x)))
+        return out
+
+
+def _mlp(hidden_size: int, mlp_hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(hidden_size, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden_size)
+    )

@@ -1,0 +1,183 @@
+"""What is trained, built from the options: root module, network, optimizer, schedule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from library import randomness
+from library.adapters.flux import FluxAdapter, FluxTrainModule, ForwardSettings
+from library.config.prompts import SamplePrompt, load_prompts
+from library.config.train_config import TrainConfig
+from library.data.records import TextCond
+from library.distributed.base import Backend
+from library.models.flux import Flux
+from library.models.text_encoders import ClipL, T5Encoder
+from library.optim import factory, schedules
+from library.optim.factory import BuiltOptimizer
+from library.optim.schedules import Schedule
+from library.train.caching import image_encoder
+from library.train.checkpoint import SavedRun
+from library.train.loading import ModelLoader
+from library.train.prepare import Data
+from library.train.resume import Resumable
+from library.train.state import TrainState
+from networks.interface import NetworkHandle, create, merge_base_weights
+from networks.plugins import load_plugin
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that is known when building starts: checked, cached, with its first state."""
+
+    config: TrainConfig
+    backend: Backend
+    console: Console
+    loader: ModelLoader
+    data: Data
+    saved: SavedRun | None
+    state: TrainState
+    prompts: tuple[SamplePrompt, ...]
+    conditions: Mapping[str, TextCond]  # of the sample prompts, by text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What is trained, and with what."""
+
+    root: FluxTrainModule
+    network: NetworkHandle
+    optimizer: BuiltOptimizer
+    schedule: Schedule
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything the optimizer updates."""
+        return [p for group in self.optimizer.optimizer.param_groups for p in group["params"]]
+
+    def resumable(self, backend: Backend) -> Resumable:
+        """The parts that a state folder holds."""
+        return Resumable(
+            network=self.network.module, optimizer=self.optimizer, schedule=self.schedule, backend=backend
+        )
+
+
+def check_parts(config: TrainConfig) -> None:
+    """Import the network module and the optimizer, so that a wrong name is said before anything is loaded."""
+    load_plugin(config.network.network_module)
+    factory.check(config.optimizer)
+
+
+def wanted_prompts(config: TrainConfig) -> tuple[SamplePrompt, ...]:
+    """The sample prompts, if any image will be drawn."""
+    sampling = config.sampling
+    wanted = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
+    if not wanted or sampling.sample_prompts is None:
+        return ()
+    loaded = load_prompts(sampling.sample_prompts)
+    for notice in loaded.notices:
+        logger.warning(notice)
+    return loaded.prompts
+
+
+def build_trained(job: Job) -> Trained:
+    """Load the transformer and the live text encoders, put the network on them, make optimizer and schedule."""
+    config, device, loader = job.config, job.backend.world.device, job.loader
+    transformer = loader.transformer(device)
+    clip_l, t5 = live_text_encoders(config, loader, device)
+    encoders: list[nn.Module] = [e for e in (clip_l, t5) if e is not None] if trains_text(config) else []
+    # Initial weights come from torch's global generator: the same on every rank, whatever ran before.
+    torch.manual_seed(randomness.integer(job.state.seed, "network initialisation"))
+    merge_base_weights(config.network, text_encoders=encoders, transformer=transformer)
+    network = create(config.network, text_encoders=encoders, transformer=transformer)
+    network.prepare(config.flat())
+    network.apply()
+    _place(network, config, device)
+    if config.memory.gradient_checkpointing:
+        _checkpoint_activations(transformer, clip_l, t5, network)
+    groups = network.parameter_groups(
+        learning_rate=config.optimizer.learning_rate,
+        unet_lr=config.optimizer.unet_lr,
+        text_encoder_lr=config.optimizer.text_encoder_lr,
+    )
+    optimizer = factory.build(config.optimizer, groups)
+    schedule = schedules.build(
+        config.schedule, optimizer, base_lr=config.optimizer.learning_rate, total_steps=job.data.plan.total_steps
+    )
+    for notice in (*optimizer.notices, *schedule.notices):
+        logger.warning(notice)
+    root = FluxTrainModule(
+        transformer=transformer,
+        network=network.module,
+        clip_l=clip_l,
+        t5=t5,
+        settings=ForwardSettings(
+            guidance_scale=config.objective.guidance_scale,
+            apply_t5_attn_mask=config.model.apply_t5_attn_mask,
+            autocast_dtype=loader.autocast_dtype,
+            train_clip_l=network.trains_clip_l and clip_l is not None,
+            train_t5=network.trains_t5,
+        ),
+    )
+    root.train()
+    if config.memory.torch_compile:
+        compile_blocks(transformer, config.memory.dynamo_backend)
+    return Trained(root=root, network=network, optimizer=optimizer, schedule=schedule)
+
+
+def build_adapter(job: Job, trained: Trained) -> FluxAdapter:
+    """What turns batches into inputs: tokenizers if an encoder is live, the autoencoder if latents are not cached."""
+    device = job.backend.world.device
+    live = trained.root.clip_l is not None or trained.root.t5 is not None
+    cached = job.config.caching.cache_latents
+    return FluxAdapter(
+        device=device,
+        tokenizers=job.loader.tokenizers if live else None,
+        encode_images=None if cached else image_encoder(job.loader.autoencoder(), device),
+        seed=job.state.seed,
+    )
+
+
+def live_text_encoders(
+    config: TrainConfig, loader: ModelLoader, device: torch.device
+) -> tuple[ClipL | None, T5Encoder | None]:
+    """The encoders that run in every step: those that are trained, and both if their outputs are not cached."""
+    cached = config.caching.cache_text_encoder_outputs
+    clip_l = loader.clip_l(device) if not cached or trains_text(config) else None
+    t5 = loader.t5(device) if not cached else None
+    return clip_l, t5
+
+
+def compile_blocks(transformer: Flux, backend: str) -> None:
+    """Compile each block on its own: blocks of a class share one compilation, and buckets stay dynamic outside."""
+    for block in (*transformer.double_blocks, *transformer.single_blocks):
+        block.compile(backend=backend)
+
+
+def trains_text(config: TrainConfig) -> bool:
+    """Whether a text encoder is trained: not if its learning rates are all 0."""
+    rates = config.optimizer.text_encoder_lr
+    return not config.network.network_train_unet_only and (not rates or any(rate > 0 for rate in rates))
+
+
+def _place(network: NetworkHandle, config: TrainConfig, device: torch.device) -> None:
+    """Trained weights are float32, bf16 only with full_bf16."""
+    network.module.to(device=device, dtype=torch.bfloat16 if config.training.full_bf16 else torch.float32)
+
+
+def _checkpoint_activations(
+    transformer: Flux, clip_l: ClipL | None, t5: T5Encoder | None, network: NetworkHandle
+) -> None:
+    transformer.enable_gradient_checkpointing()
+    network.enable_gradient_checkpointing()
+    encoders: Sequence[ClipL | T5Encoder | None] = (clip_l, t5)
+    for encoder in encoders:
+        if encoder is not None:
+            encoder.enable_gradient_checkpointing()

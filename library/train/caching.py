@@ -1,0 +1,177 @@
+"""The caching phase: latents and text outputs made before training, each encoder in memory only while it works.
+
+Ranks share the files out and wait for one another without a collective, so one may take hours longer. What needs
+no encoding loads no encoder.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from library.adapters.text import FluxTextEncoders
+from library.cache.build import build_latents, build_text
+from library.cache.latents import LatentStore, latent_needs
+from library.cache.survey import CacheOptions, Work, survey_latents, survey_text
+from library.cache.text import TextOptions, text_needs
+from library.config.prompts import SamplePrompt
+from library.config.train_config import TrainConfig
+from library.data.dataset import TrainingData
+from library.data.records import TextCond
+from library.distributed.base import Backend
+from library.models.autoencoder import AutoEncoder
+from library.train.loading import ModelLoader
+from library.train.prepare import Data
+
+logger = logging.getLogger(__name__)
+
+KEEP_ON_CPU_BATCH = 16  # captions encoded at once when no batch size is given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachingPhase:
+    """What both passes need."""
+
+    config: TrainConfig
+    loader: ModelLoader
+    backend: Backend
+    console: Console
+
+    def latents(self, data: Data) -> Data:
+        """Cache the latents of training and validation images, if asked to. Returns data that reads them."""
+        caching = self.config.caching
+        if not caching.cache_latents:
+            return data
+        sources = [source for source in (data.training, data.validation) if source is not None]
+        needs, store = latent_needs(*sources), LatentStore()
+        options = self._options(caching.cache_latents_to_disk, caching.vae_batch_size)
+        encoder = self.loader.autoencoder_identity()
+        work = survey_latents(needs, encoder=encoder, options=options)
+        self._announce("latents", work)
+        if work.to_write or work.to_keep:
+            encode = image_encoder(self.loader.autoencoder(), self.backend.world.device)
+            with self._progress("caching latents") as report:
+                options = replace(options, progress=report)
+                build_latents(work, store, encode, encoder=encoder, options=options)
+            free_memory()
+        self.backend.wait("latents cached")
+        return _reading(data, lambda source: replace(source, latents=store))
+
+    def text(self, data: Data, prompts: Sequence[str]) -> tuple[Data, dict[str, TextCond]]:
+        """Cache the text outputs, if asked to, and encode sample prompts. The encoders are gone afterwards."""
+        config, conditions = self.config, dict[str, TextCond]()
+        cached = config.caching.cache_text_encoder_outputs
+        needs, store = text_needs(*(s for s in (data.training, data.validation) if s is not None))
+        text_options = TextOptions(
+            encoder=self.loader.text_identity(),
+            t5_length=self.loader.t5_length,
+            apply_t5_attn_mask=config.model.apply_t5_attn_mask,
+        )
+        batch_size = config.caching.text_encoder_batch_size or KEEP_ON_CPU_BATCH
+        options = self._options(config.caching.cache_text_encoder_outputs_to_disk, batch_size)
+        work = survey_text(needs if cached else (), text_options=text_options, options=options)
+        if cached:
+            self._announce("text encoder outputs", work)
+        if work.to_write or work.to_keep or prompts:
+            encoders = self.loader.text_encoders(self.backend.world.device)
+            with self._progress("caching text encoder outputs") as report:
+                options = replace(options, progress=report)
+                build_text(work, store, encoders.encode, text_options=text_options, options=options)
+            conditions = encode_prompts(encoders, prompts)
+            del encoders
+            free_memory()
+        self.backend.wait("text cached")
+        if not cached:
+            return data, conditions
+        return _reading(data, lambda source: replace(source, text=store)), conditions
+
+    def _options(self, to_disk: bool, batch_size: int) -> CacheOptions:
+        world = self.backend.world
+        return CacheOptions(
+            rank=world.rank,
+            world=world.size,
+            batch_size=batch_size,
+            to_disk=to_disk,
+            skip_check=self.config.caching.skip_cache_check,
+        )
+
+    def _announce(self, what: str, work: Work[object]) -> None:  # type: ignore[type-var]
+        for notice in work.notices:
+            logger.warning(notice)
+        missing = len(work.to_write) + len(work.to_keep)
+        logger.info("%s: %d of %d to encode", what, missing, work.num_checked)
+
+    def _progress(self, what: str) -> ProgressReport:
+        return ProgressReport(what, self.console if self.backend.world.is_main else None)
+
+
+class ProgressReport:
+    """A bar for a caching pass on the main rank's terminal; silent elsewhere."""
+
+    def __init__(self, what: str, console: Console | None) -> None:
+        self._what = what
+        self._bar = (
+            Progress(
+                TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+            )
+            if console is not None and console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        if self._bar is None:
+            return lambda done, total: None
+        bar = self._bar
+        bar.start()
+        task = bar.add_task(self._what, total=None)
+        return lambda done, total: bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def image_encoder(autoencoder: AutoEncoder, device: torch.device) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Images [B, 3, H, W] and posterior noise [B, 16, h, w] to scaled latents [B, 16, h, w] float32."""
+    autoencoder.to(device)
+    dtype = next(autoencoder.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(images: Tensor, noise: Tensor | None) -> Tensor:
+        drawn = None if noise is None else noise.to(device, dtype)
+        return autoencoder.encode(images.to(device, dtype), drawn).float()
+
+    return encode
+
+
+def prompt_texts(prompts: Sequence[SamplePrompt]) -> list[str]:
+    """Every text that drawing `prompts` will ask conditions of."""
+    return [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)]
+
+
+def encode_prompts(encoders: FluxTextEncoders, prompts: Sequence[str]) -> dict[str, TextCond]:
+    """Conditions by prompt text, one prompt at a time, kept on the CPU."""
+    conditions = {}
+    for prompt in dict.fromkeys(prompts):
+        text = encoders.encode([prompt])
+        conditions[prompt] = TextCond(text.clip_pooled.cpu(), text.t5_hidden.cpu(), text.t5_mask.cpu())
+    return conditions
+
+
+def free_memory() -> None:
+    """Give back what an encoder that just went out of use held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _reading(data: Data, change: Callable[[TrainingData], TrainingData]) -> Data:
+    validation = change(data.validation) if data.validation is not None else None
+    return replace(data, training=change(data.training), validation=validation)

@@ -1,0 +1,153 @@
+"""Writing and reading the state of a run: independent of rank count and backend, whole or not there at all.
+
+A state is a folder named as Kohya names it:
+
+    <stem>-state/model.safetensors       the network's parameters and buffers, as trained
+                 optimizer.safetensors   the optimizer's tensors, "<parameter name>|<key>"
+                 train_state.json        position, schedule, the optimizer's plain values
+                 manifest.json           SHA-256 of the other files, written last
+
+It is made under a temporary name, synced, and renamed. A folder whose manifest does not match is not a state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from library.errors import CheckpointError
+from library.files.atomic import fsync_directory
+from library.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+STATE_SUFFIX = "-state"
+MANIFEST = "manifest.json"
+MODEL, OPTIMIZER, TRAIN_STATE = "model.safetensors", "optimizer.safetensors", "train_state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """Everything a state folder holds."""
+
+    state: TrainState
+    network: Mapping[str, Tensor]
+    optimizer_tensors: Mapping[str, Tensor]
+    optimizer_values: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+
+
+def save_run(folder: Path, run: SavedRun) -> None:
+    """Write `run` as the state folder `folder`, replacing an older one of that name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        save_file({k: v.contiguous() for k, v in run.network.items()}, temporary / MODEL)
+        save_file({k: v.contiguous() for k, v in run.optimizer_tensors.items()}, temporary / OPTIMIZER)
+        values = {**run.state.to_json(), "optimizer": run.optimizer_values, "schedule": run.schedule}
+        (temporary / TRAIN_STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        manifest = {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, TRAIN_STATE)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            _fsync(file)
+        fsync_directory(temporary)
+        _swap(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_run(folder: Path) -> SavedRun:
+    """Read a state folder. CheckpointError says what is missing or damaged."""
+    problem = what_is_wrong(folder)
+    if problem:
+        raise CheckpointError(f"--resume {folder}: {problem}")
+    values = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
+    return SavedRun(
+        state=TrainState.from_json(values),
+        network=_load(folder / MODEL),
+        optimizer_tensors=_load(folder / OPTIMIZER),
+        optimizer_values=values["optimizer"],
+        schedule=values["schedule"],
+    )
+
+
+def what_is_wrong(folder: Path) -> str | None:
+    """Why `folder` cannot be resumed from, in words; None if it can."""
+    if not folder.is_dir():
+        return "there is no such folder; give a folder ending in -state, or `auto`"
+    if not (folder / MANIFEST).is_file():
+        if (folder / "random_states_0.pkl").is_file():
+            return (
+                "this state was written by sd-scripts, whose optimizer state cannot be taken over; "
+                "continue its LoRA with --network_weights instead"
+            )
+        return f"it has no {MANIFEST}, so it is not a whole state"
+    manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for name, expected in manifest.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+            return f"its file {name} is damaged; take an older state"
+    return None
+
+
+def newest_run(output_dir: Path, output_name: str | None) -> Path | None:
+    """The whole state of this output with the most steps done; None if there is none. Damaged ones are named."""
+    found: list[tuple[int, float, Path]] = []
+    for folder in sorted(output_dir.glob(f"*{STATE_SUFFIX}*")) if output_dir.is_dir() else []:
+        if not folder.name.startswith(output_name or ("epoch", "at", "last")):
+            continue
+        problem = what_is_wrong(folder)
+        if problem:
+            logger.warning("not resuming from %s: %s", folder, problem)
+            continue
+        state = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
+        found.append((int(state["step"]), folder.stat().st_mtime, folder))
+    return max(found)[2] if found else None
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Rename `new` onto `target`; an old target is moved aside first, under a name that resume still finds."""
+    aside = target.with_name(f"{target.name}.old")
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    new.rename(target)
+    fsync_directory(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    state = hashlib.sha256()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()

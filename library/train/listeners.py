@@ -1,0 +1,107 @@
+"""The listeners of a run, in the order they are told: see, measure, log, save, draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from library.adapters.base import Conditions, ModelAdapter
+from library.adapters.flux import FluxTrainModule
+from library.adapters.preview import FluxPreviewer
+from library.data.dataset import load_batches
+from library.data.records import TextCond, TokenIds
+from library.flow.objective import Objective
+from library.train.build import Job, Trained
+from library.train.metrics import TensorBoardListener, log_folder
+from library.train.preview import PreviewListener
+from library.train.progress import ProgressListener
+from library.train.saving import Saver, SavingListener
+from library.train.trainer import Listener
+from library.train.validate import ValidationListener, Validator, fixed_timesteps
+
+
+@contextmanager
+def build_listeners(
+    job: Job, trained: Trained, saver: Saver, *, adapter: ModelAdapter, objective: Objective
+) -> Iterator[Sequence[Listener]]:
+    """The listeners that the options ask for; the progress bar is taken down on leaving, error or not."""
+    config, plan = job.config, job.data.plan
+    listeners: list[Listener] = []
+    progress = None
+    if job.backend.world.is_main:
+        progress = ProgressListener(
+            console=job.console, total_steps=plan.total_steps, num_epochs=plan.num_epochs
+        )
+        listeners.append(progress)
+    if job.data.validation is not None:
+        validator = _validator(job, trained, adapter, objective)
+        listeners.append(ValidationListener(validator, config.validation, trained.optimizer))
+    logging_dir = config.logging.logging_dir
+    if logging_dir is not None and job.backend.world.is_main:
+        folder = log_folder(logging_dir, config.logging.log_prefix, config.logging.log_tracker_name)
+        listeners.append(TensorBoardListener(folder, config if config.logging.log_config else None))
+    listeners.append(SavingListener(saver, config.saving, num_epochs=plan.num_epochs))
+    if job.prompts:
+        listeners.append(_previews(job, trained))
+    try:
+        yield listeners
+    finally:
+        if progress is not None:
+            progress.close()
+
+
+def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Objective) -> Validator:
+    data, plan = job.data.validation, job.data.validation_plan
+    assert data is not None
+    assert plan is not None
+    world = job.backend.world
+    return Validator(
+        module=trained.root,
+        adapter=adapter,
+        objective=objective,
+        backend=job.backend,
+        batches=lambda: load_batches(data, plan, rank=world.rank, world=world.size),
+        timesteps=fixed_timesteps(job.config.objective.min_timestep, job.config.objective.max_timestep),
+        seed=data.seed,
+    )
+
+
+def _previews(job: Job, trained: Trained) -> PreviewListener:
+    output_dir = job.config.saving.output_dir
+    assert output_dir is not None, "checked by the config rules"
+    previewer = FluxPreviewer(
+        module=trained.root,
+        autoencoder=job.loader.autoencoder(),
+        conditions=_conditions(job, trained.root),
+        device=job.backend.world.device,
+        shifted=job.loader.files.is_dev,
+        seed=job.state.seed,
+    )
+    return PreviewListener(
+        draw=previewer,
+        prompts=job.prompts,
+        config=job.config.sampling,
+        folder=output_dir / "sample",
+        output_name=job.config.saving.output_name,
+        world=job.backend.world,
+        optimizer=trained.optimizer,
+    )
+
+
+def _conditions(job: Job, root: FluxTrainModule) -> Callable[[str], TextCond]:
+    """Conditions of a prompt: as encoded before training, with what live encoders make of it now."""
+    device = job.backend.world.device
+    live = root.clip_l is not None or root.t5 is not None
+
+    @torch.no_grad()
+    def conditions(prompt: str) -> TextCond:
+        kept = job.conditions[prompt]
+        text = TextCond(kept.clip_pooled.to(device), kept.t5_hidden.to(device), kept.t5_mask.to(device))
+        if not live:
+            return text
+        clip, t5, t5_mask = (ids.to(device) for ids in job.loader.tokenizers.tokenize([prompt]))
+        return root.encode(Conditions(text=text, tokens=TokenIds(clip=clip, t5=t5, t5_mask=t5_mask)))
+
+    return conditions

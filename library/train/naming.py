@@ -1,0 +1,85 @@
+"""Kohya's names of what a run writes, and which old ones a new one retires. Pure functions of options and numbers.
+
+Source: spec of sd-scripts, "Saving, state, resume".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.config.sections.saving import SavingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SavePoint:
+    """One moment of saving: the files' common stem, and the stems it retires (None: keeps all)."""
+
+    stem: str
+    retires_model: str | None = None
+    retires_state: str | None = None
+
+
+def epoch_stem(output_name: str | None, epoch: int) -> str:
+    """Stem of what is written at the end of `epoch` (1-based)."""
+    return f"{output_name or 'epoch'}-{epoch:06d}"
+
+
+def step_stem(output_name: str | None, step: int) -> str:
+    """Stem of what is written after optimizer step `step` (1-based)."""
+    return f"{output_name or 'at'}-step{step:08d}"
+
+
+def last_stem(output_name: str | None) -> str:
+    """Stem of what is written at the end of the run."""
+    return output_name or "last"
+
+
+def save_every_n_epochs(config: SavingConfig, num_epochs: int) -> int | None:
+    """The epoch interval; `save_n_epoch_ratio` r asks for about r files over the run."""
+    if config.save_n_epoch_ratio:
+        return num_epochs // config.save_n_epoch_ratio or 1
+    return config.save_every_n_epochs
+
+
+def epoch_save(config: SavingConfig, *, epoch: int, num_epochs: int) -> SavePoint | None:
+    """What the end of `epoch` saves. The last epoch saves nothing here: the final file is it."""
+    every = save_every_n_epochs(config, num_epochs)
+    if not every or epoch % every or epoch >= num_epochs:
+        return None
+    return SavePoint(
+        epoch_stem(config.output_name, epoch),
+        _retired_epoch(config.output_name, epoch, every, config.save_last_n_epochs),
+        _retired_epoch(
+            config.output_name, epoch, every, config.save_last_n_epochs_state or config.save_last_n_epochs
+        ),
+    )
+
+
+def step_save(config: SavingConfig, *, step: int) -> SavePoint | None:
+    """What optimizer step `step` saves."""
+    every = config.save_every_n_steps
+    if not every or step % every:
+        return None
+    return SavePoint(
+        step_stem(config.output_name, step),
+        _retired_step(config.output_name, step, every, config.save_last_n_steps, least=0),
+        _retired_step(
+            config.output_name, step, every, config.save_last_n_steps_state or config.save_last_n_steps, least=1
+        ),
+    )
+
+
+def _retired_epoch(name: str | None, epoch: int, every: int, keep: int | None) -> str | None:
+    if not keep:
+        return None
+    retired = epoch - every * keep
+    return epoch_stem(name, retired) if retired >= 0 else None
+
+
+def _retired_step(name: str | None, step: int, every: int, keep: int | None, *, least: int) -> str | None:
+    """`keep` counts steps, not files: every 10 and keep 30 removes step 10 at step 50."""
+    if not keep:
+        return None
+    retired = step - keep - 1
+    retired -= retired % every
+    return step_stem(name, retired) if retired >= least else None

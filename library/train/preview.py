@@ -1,0 +1,76 @@
+"""Sample images while training: when they are due, who draws which, and how the files are called.
+
+Source: spec of sd-scripts, "Sampling during training". Ranks share the prompts out; network dropouts are off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from PIL.Image import Image
+
+from library.adapters.sampling import sample_file_name
+from library.config.prompts import SamplePrompt
+from library.config.sections.sampling import SamplingConfig
+from library.distributed.base import World
+from library.files.atomic import replacing
+from library.optim.factory import BuiltOptimizer
+from library.train.state import TrainState
+from library.train.trainer import StepReport
+
+logger = logging.getLogger(__name__)
+
+
+class PreviewListener:
+    """Draws every prompt when the options say so, into `<output_dir>/sample`."""
+
+    def __init__(
+        self,
+        *,
+        draw: Callable[[SamplePrompt], Image],
+        prompts: Sequence[SamplePrompt],
+        config: SamplingConfig,
+        folder: Path,
+        output_name: str | None,
+        world: World,
+        optimizer: BuiltOptimizer,
+    ) -> None:
+        self._optimizer = optimizer
+        self._draw, self._folder, self._output_name = draw, folder, output_name
+        self._prompts = list(prompts)[world.rank :: world.size]
+        self._config = config
+
+    def on_start(self, state: TrainState) -> TrainState:
+        if self._config.sample_at_first and state.step == 0:
+            self._draw_all(epoch=None, step=0)
+        return state
+
+    def on_step(self, state: TrainState, report: StepReport) -> TrainState:
+        del report
+        every = self._config.sample_every_n_steps
+        if every and not self._config.sample_every_n_epochs and state.step % every == 0:
+            self._draw_all(epoch=None, step=state.step)
+        return state
+
+    def on_epoch(self, state: TrainState, epoch: int) -> TrainState:
+        every = self._config.sample_every_n_epochs
+        if every and epoch % every == 0:
+            self._draw_all(epoch=epoch, step=state.step)
+        return state
+
+    def on_end(self, state: TrainState) -> TrainState:
+        return state
+
+    def _draw_all(self, *, epoch: int | None, step: int) -> None:
+        for prompt in self._prompts:
+            with self._optimizer.evaluating():
+                image = self._draw(prompt)
+            name = sample_file_name(
+                prompt, output_name=self._output_name, epoch=epoch, step=step, when=datetime.now()
+            )
+            with replacing(self._folder / name) as temporary:
+                image.save(temporary)
+            logger.info("sample %s: %s", self._folder / name, prompt.prompt)

@@ -1,0 +1,135 @@
+"""Where a run begins: from nothing, from an initial step, or from a saved state."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from library.config.train_config import TrainConfig
+from library.data.plan import Plan
+from library.distributed.base import Backend
+from library.errors import CheckpointError
+from library.optim.factory import BuiltOptimizer
+from library.optim.schedules import Schedule
+from library.optim.state import ExportedState, export_state, import_state
+from library.train.checkpoint import SavedRun, load_run, newest_run
+from library.train.prepare import start_step
+from library.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+AUTO = Path("auto")
+
+
+def resumed_run(config: TrainConfig) -> SavedRun | None:
+    """The state that --resume names, read whole; None for a run that starts afresh."""
+    folder = config.saving.resume
+    if folder == AUTO:
+        assert config.saving.output_dir is not None, "checked by the config rules"
+        folder = newest_run(config.saving.output_dir, config.saving.output_name)
+        if folder is None:
+            logger.info("--resume auto: %s has no state yet, starting afresh", config.saving.output_dir)
+    if folder is None:
+        return None
+    saved = load_run(folder)
+    logger.info("resuming from %s at step %d", folder, saved.state.step)
+    return saved
+
+
+def choose_seed(config: TrainConfig, saved: SavedRun | None, backend: Backend) -> int:
+    """The seed of the options, else the saved run's, else a new one; the same on every rank."""
+    given = config.training.seed
+    if saved is not None:
+        if given is not None and given != saved.state.seed:
+            logger.warning(
+                "seed = %d is not the %d of the saved run: data order and noise change here", given, saved.state.seed
+            )
+        else:
+            return saved.state.seed
+    return int(backend.agree(random.randint(0, 2**32) if given is None else given))
+
+
+def first_state(
+    config: TrainConfig, plan: Plan, saved: SavedRun | None, *, seed: int, backend: Backend
+) -> TrainState:
+    """The state before the first step of this process."""
+    if saved is None:
+        return TrainState(
+            step=start_step(config, plan),
+            seed=seed,
+            steps_per_epoch=plan.steps_per_epoch,
+            plan_fingerprint=plan.fingerprint(),
+            session_id=int(backend.agree(random.randint(0, 2**32))),
+            started_at=float(backend.agree(time.time())),
+        )
+    state = replace(saved.state, seed=seed)
+    if state.plan_fingerprint != plan.fingerprint():
+        # Another dataset or batch: the epochs done stay done, the rest of the one in hand is planned anew.
+        done = state.step / state.steps_per_epoch
+        step = round(done * plan.steps_per_epoch)
+        logger.warning(
+            "data or batch size are not those of the saved run: going on %.2f epochs in, at step %d", done, step
+        )
+        state = replace(
+            state, step=step, steps_per_epoch=plan.steps_per_epoch, plan_fingerprint=plan.fingerprint()
+        )
+    if state.step >= plan.total_steps:
+        raise CheckpointError(
+            f"--resume: the saved run has done {state.step} steps of {plan.total_steps}, so nothing is left; "
+            "raise max_train_steps or max_train_epochs to train on"
+        )
+    return state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumable:
+    """The parts of a run whose numbers a state folder holds."""
+
+    network: nn.Module
+    optimizer: BuiltOptimizer
+    schedule: Schedule
+    backend: Backend
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's own, by name."""
+        return {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+
+    def names(self) -> dict[Tensor, str]:
+        """Names of the parameters, by which optimizer state is kept."""
+        return {parameter: name for name, parameter in self.network.named_parameters()}
+
+
+def capture(state: TrainState, parts: Resumable) -> SavedRun:
+    """Everything that a resume needs, as of now."""
+    exported = export_state(parts.optimizer.optimizer, parts.names())
+    return SavedRun(
+        state=replace(state, scaler=tuple(sorted(parts.backend.scaler_state().items()))),
+        network={name: tensor.detach().cpu() for name, tensor in parts.tensors().items()},
+        optimizer_tensors=exported.tensors,
+        optimizer_values=exported.values,
+        schedule=parts.schedule.state_dict(),
+    )
+
+
+def restore(saved: SavedRun, parts: Resumable) -> None:
+    """Put a saved run's numbers in place. CheckpointError when it belongs to another network or optimizer."""
+    tensors = parts.tensors()
+    different = sorted(tensors.keys() ^ saved.network.keys())
+    different += [n for n in tensors if n in saved.network and tensors[n].shape != saved.network[n].shape]
+    if different:
+        raise CheckpointError(
+            f"--resume: the saved network differs in {len(different)} tensors, such as {different[0]}; "
+            "resume with the same network_module, network_dim and network_args"
+        )
+    for name, tensor in tensors.items():
+        tensor.data.copy_(saved.network[name])
+    exported = ExportedState(dict(saved.optimizer_tensors), dict(saved.optimizer_values))
+    import_state(parts.optimizer.optimizer, parts.names(), exported)
+    parts.optimizer.train()
+    parts.schedule.load_state_dict(saved.schedule)
+    parts.backend.load_scaler_state(dict(saved.state.scaler))

@@ -1,0 +1,128 @@
+"""When the network and the state are written, and which old files go."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from library.config.sections.saving import SavingConfig
+from library.distributed.base import World
+from library.optim.factory import BuiltOptimizer
+from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
+from library.train.naming import SavePoint, epoch_save, last_stem, step_save, step_stem
+from library.train.state import TrainState
+from library.train.trainer import StepReport
+from networks.interface import NetworkHandle
+
+logger = logging.getLogger(__name__)
+
+SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
+    None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
+
+
+class Saver:
+    """Writes model files and state folders; only rank 0 touches the disk."""
+
+    def __init__(
+        self,
+        *,
+        config: SavingConfig,
+        network: NetworkHandle,
+        metadata: Callable[[TrainState, int], Mapping[str, str]],
+        capture: Callable[[TrainState], SavedRun],
+        world: World,
+        optimizer: BuiltOptimizer,
+    ) -> None:
+        self._optimizer = optimizer
+        assert config.output_dir is not None, "checked by the config rules"
+        self._config, self._folder, self._network = config, config.output_dir, network
+        self._metadata, self._capture, self._world = metadata, capture, world
+        self.written: list[Path] = []
+
+    def model(self, stem: str, state: TrainState, *, epoch: int) -> Path:
+        """Write the network as `<stem>.<save_model_as>`; `epoch` is what ss_epoch says."""
+        path = self._folder / f"{stem}.{self._config.save_model_as or 'safetensors'}"
+        if self._world.is_main:
+            start = time.perf_counter()
+            dtype = SAVE_DTYPES[self._config.save_precision]
+            with self._optimizer.evaluating():
+                self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
+            seconds = time.perf_counter() - start
+            logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
+            self.written.append(path)
+        return path
+
+    def state(self, stem: str, state: TrainState) -> Path:
+        """Write the state folder `<stem>-state`."""
+        folder = self._folder / f"{stem}{STATE_SUFFIX}"
+        if self._world.is_main:
+            with self._optimizer.evaluating():
+                save_run(folder, self._capture(state))
+            logger.info("saved the state in %s", folder)
+            self.written.append(folder)
+        return folder
+
+    def interrupted(self, state: TrainState) -> Path:
+        """Write the state of a run that was asked to stop."""
+        return self.state(step_stem(self._config.output_name, state.step), state)
+
+    def at(self, point: SavePoint, state: TrainState, *, epoch: int) -> None:
+        """Write what is due at `point`, then remove what it retires."""
+        self.model(point.stem, state, epoch=epoch)
+        if self._config.save_state:
+            self.state(point.stem, state)
+        if self._world.is_main:
+            self._retire(point)
+
+    def final(self, state: TrainState, *, epoch: int) -> Path:
+        """Write the finished network, and the last state if asked."""
+        if self._config.save_state or self._config.save_state_on_train_end:
+            self.state(last_stem(self._config.output_name), state)
+        return self.model(last_stem(self._config.output_name), state, epoch=epoch)
+
+    def _retire(self, point: SavePoint) -> None:
+        if point.retires_model:
+            old = self._folder / f"{point.retires_model}.{self._config.save_model_as or 'safetensors'}"
+            if old.exists():
+                old.unlink()
+                logger.info("removed %s", old)
+                self.written = [path for path in self.written if path != old]
+        if point.retires_state and self._config.save_state:
+            old = self._folder / f"{point.retires_state}{STATE_SUFFIX}"
+            if old.exists():
+                shutil.rmtree(old)
+                logger.info("removed %s", old)
+                self.written = [path for path in self.written if path != old]
+
+
+class SavingListener:
+    """Saves every n steps, every n epochs and at the end."""
+
+    def __init__(self, saver: Saver, config: SavingConfig, *, num_epochs: int) -> None:
+        self._saver, self._config, self._num_epochs = saver, config, num_epochs
+
+    def on_start(self, state: TrainState) -> TrainState:
+        return state
+
+    def on_step(self, state: TrainState, report: StepReport) -> TrainState:
+        del report
+        point = step_save(self._config, step=state.step)
+        if point:
+            self._saver.at(point, state, epoch=state.epoch)
+        return state
+
+    def on_epoch(self, state: TrainState, epoch: int) -> TrainState:
+        point = epoch_save(self._config, epoch=epoch, num_epochs=self._num_epochs)
+        if point:
+            self._saver.at(point, state, epoch=epoch)
+        return state
+
+    def on_end(self, state: TrainState) -> TrainState:
+        self._saver.final(state, epoch=self._num_epochs)
+        return state

@@ -1,0 +1,179 @@
+"""The composition root: from a checked config to a run, in the order in which things come to be.
+
+Everything cheap comes first, so that what is wrong is said before anything large is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from library.config.load import LoadedConfig
+from library.config.show import output_config
+from library.config.train_config import TrainConfig
+from library.data.dataset import load_batches
+from library.data.records import Batch
+from library.distributed.base import Backend
+from library.distributed.ddp import DdpSettings
+from library.distributed.launch import connect, launched_rank, launched_world_size
+from library.distributed.precision import DTYPES
+from library.errors import ConfigError, Interrupted
+from library.files.atomic import write_text
+from library.flow.objective import Objective
+from library.log import setup_logging
+from library.train.build import Job, Trained, build_adapter, build_trained, check_parts, wanted_prompts
+from library.train.caching import CachingPhase, prompt_texts
+from library.train.describe import show_plan, show_result, show_start
+from library.train.facts import MetadataWriter
+from library.train.listeners import build_listeners
+from library.train.loading import ModelLoader
+from library.train.prepare import locate_models, read_data, start_step
+from library.train.resume import capture, choose_seed, first_state, restore, resumed_run
+from library.train.saving import Saver
+from library.train.signals import StopRequest
+from library.train.trainer import Limits, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def run(loaded: LoadedConfig) -> None:
+    """Do what the options ask for: train, print the plan, or write a config file."""
+    config = loaded.config
+    if config.run.output_config:
+        write_text(*output_config(loaded))
+        return
+    console = Console(stderr=True)
+    setup_logging(
+        is_main=launched_rank() == 0,
+        console=console,
+        level=config.logging.console_log_level or "INFO",
+        file=config.logging.console_log_file if launched_rank() == 0 else None,
+        simple=config.logging.console_log_simple,
+    )
+    say(loaded.notices)
+    if config.run.dry_run:
+        dry_run(loaded)
+        return
+    with connected(config) as backend:
+        train(prepare(config, backend, console))
+
+
+def dry_run(loaded: LoadedConfig) -> None:
+    """Check config and data and print the plan; no model is loaded."""
+    config = loaded.config
+    files = locate_models(config.model)
+    check_parts(config)
+    data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
+    say(data.notices)
+    start_step(config, data.plan)
+    if launched_rank() == 0:
+        show_plan(loaded, files, data, Console())
+
+
+def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
+    """Check everything, find where the run begins, cache what is to be cached."""
+    saved = resumed_run(config)
+    seed = choose_seed(config, saved, backend)
+    files = locate_models(config.model)
+    check_parts(config)
+    prompts = wanted_prompts(config)
+    data = read_data(config, seed=seed, world_size=backend.world.size)
+    say(data.notices)
+    state = first_state(config, data.plan, saved, seed=seed, backend=backend)
+    loader = ModelLoader(config, files)
+    phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
+    data = phase.latents(data)
+    data, conditions = phase.text(data, prompt_texts(prompts))
+    return Job(
+        config=config, backend=backend, console=console, loader=loader, data=data, saved=saved, state=state,
+        prompts=prompts, conditions=conditions,
+    )  # fmt: skip
+
+
+def train(job: Job) -> None:
+    """Build what is trained, train it to the end, write the final file."""
+    config, backend, state = job.config, job.backend, job.state
+    trained = build_trained(job)
+    adapter = build_adapter(job, trained)
+    module = backend.wrap(trained.root)
+    parts = trained.resumable(backend)
+    if job.saved is not None:
+        restore(job.saved, parts)
+    saver = Saver(
+        config=config.saving,
+        network=trained.network,
+        metadata=MetadataWriter(job, trained),
+        capture=lambda now: capture(now, parts),
+        world=backend.world,
+        optimizer=trained.optimizer,
+    )
+    objective = Objective(config.objective)
+    stop = StopRequest()
+    show_start(job)
+    with build_listeners(job, trained, saver, adapter=adapter, objective=objective) as listeners:
+        trainer = Trainer(
+            module=module,
+            adapter=adapter,
+            network=trained.network,
+            parameters=trained.parameters,
+            objective=objective,
+            optimizer=trained.optimizer,
+            schedule=trained.schedule,
+            backend=backend,
+            limits=Limits(
+                total_steps=job.data.plan.total_steps,
+                micro_steps=-(-job.data.plan.settings.units_per_step // backend.world.size),
+                max_grad_norm=config.optimizer.max_grad_norm,
+                scale_weight_norms=config.network.scale_weight_norms,
+            ),
+            listeners=listeners,
+            state=state,
+            should_stop=stop,
+        )
+        stop.install()
+        finished = trainer.run(batches(job))
+    if not finished:
+        raise Interrupted(
+            f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in "
+            f"{saver.interrupted(trainer.state)}, go on with --resume auto"
+        )
+    show_result(saver.written)
+
+
+def batches(job: Job) -> Iterator[Batch]:
+    """This rank's micro-batches from the first step to the last."""
+    world = job.backend.world
+    stream = load_batches(
+        job.data.training, job.data.plan, rank=world.rank, world=world.size, start_step=job.state.step,
+        num_workers=job.config.dataset.max_data_loader_n_workers,
+    )  # fmt: skip
+    return iter(stream)
+
+
+@contextmanager
+def connected(config: TrainConfig) -> Iterator[Backend]:
+    """The ranks this process was started with; an error here is told to the ranks that wait."""
+    backend = connect(
+        dtype=DTYPES[config.training.mixed_precision],
+        settings=DdpSettings(
+            gradient_as_bucket_view=config.distributed.ddp_gradient_as_bucket_view,
+            static_graph=config.distributed.ddp_static_graph,
+            find_unused_parameters=any("module_dropout" in item for item in config.network.network_args),
+        ),
+        timeout_minutes=config.distributed.ddp_timeout,
+    )
+    try:
+        yield backend
+    except BaseException as error:
+        backend.close(failure=f"{type(error).__name__}: {error}")
+        raise
+    backend.close()
+
+
+def say(notices: Iterable[str]) -> None:
+    """Show sentences about a config or dataset that can be used all the same."""
+    for notice in notices:
+        logger.warning(notice)

@@ -1,0 +1,147 @@
+"""The training loop. One optimizer step reads from top to bottom; everything else happens in listeners.
+
+A step is a list of micro-steps. Each sample of a step carries its share of the step's loss (1 / samples of the
+step, over all ranks and micro-steps), so the gradient is the mean over the step's samples however they are dealt.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library import randomness
+from library.adapters.base import ModelAdapter
+from library.data.records import Batch
+from library.distributed.base import Backend
+from library.errors import TrainingDiverged
+from library.flow.objective import Objective
+from library.optim.factory import BuiltOptimizer
+from library.optim.schedules import Schedule
+from library.train.state import TrainState
+from networks.interface import NetworkHandle
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float  # mean over the step's samples
+    grad_norm: float  # L2, before clipping
+    learning_rates: Mapping[str, float]  # by parameter group, as used in this step
+    samples: int
+    seconds: float
+    skipped: bool  # fp16 overflow: the parameters were left as they were
+
+
+class Listener(Protocol):
+    """Something that happens beside training: logging, validation, previews, saving."""
+
+    def on_start(self, state: TrainState) -> TrainState: ...
+
+    def on_step(self, state: TrainState, report: StepReport) -> TrainState: ...
+
+    def on_epoch(self, state: TrainState, epoch: int) -> TrainState: ...
+
+    def on_end(self, state: TrainState) -> TrainState: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long to train, and what a step may do."""
+
+    total_steps: int
+    micro_steps: int  # micro-batches of one optimizer step on this rank
+    max_grad_norm: float
+    scale_weight_norms: float | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """Runs optimizer steps from the state's step to the last one."""
+
+    module: nn.Module  # the root module, as the backend wrapped it
+    adapter: ModelAdapter
+    network: NetworkHandle
+    parameters: Sequence[nn.Parameter]
+    objective: Objective
+    optimizer: BuiltOptimizer
+    schedule: Schedule
+    backend: Backend
+    limits: Limits
+    listeners: Sequence[Listener]
+    state: TrainState
+    should_stop: Callable[[], bool]  # whether this process was asked to stop
+
+    def run(self, batches: Iterator[Batch]) -> bool:
+        """Train to the last step. False when a signal ended it early; the caller then saves the state."""
+        self._tell(lambda listener: listener.on_start(self.state))
+        self.network.on_epoch_start()
+        while self.state.step < self.limits.total_steps:
+            report, stop = self.optimizer_step(batches)
+            self._tell(lambda listener, report=report: listener.on_step(self.state, report))  # type: ignore[misc]
+            if self.state.step % self.state.steps_per_epoch == 0 or self.state.step == self.limits.total_steps:
+                epoch = math.ceil(self.state.step / self.state.steps_per_epoch)
+                self._tell(lambda listener, epoch=epoch: listener.on_epoch(self.state, epoch))  # type: ignore[misc]
+                self.network.on_epoch_start()
+            if stop and self.state.step < self.limits.total_steps:
+                return False
+        self._tell(lambda listener: listener.on_end(self.state))
+        return True
+
+    def optimizer_step(self, batches: Iterator[Batch]) -> tuple[StepReport, bool]:
+        """Micro-steps, clip, update. Returns the report and whether any rank was asked to stop."""
+        start = time.perf_counter()
+        total = torch.zeros(3, dtype=torch.float64, device=self.backend.world.device)  # loss, samples, stop
+        for micro_step in range(self.limits.micro_steps):
+            batch = next(batches)
+            with self.backend.accumulate(last=micro_step == self.limits.micro_steps - 1):
+                total[0] += self.micro_step(batch)
+            total[1] += int((batch.shares > 0).sum())
+        total[2] = float(self.should_stop())
+        grad_norm = self.backend.clip_grad_norm(
+            self.optimizer.optimizer, self.parameters, self.limits.max_grad_norm
+        )
+        self.network.on_gradients()
+        loss, samples, stop = self.backend.sum(total).tolist()  # the step's one wait for the device
+        self._check_finite(loss)
+        adapted = {f"d*lr/{name}": rate for name, rate in self.optimizer.adapted_rates().items()}
+        rates = {**self.optimizer.learning_rates(), **adapted}
+        stepped = self.backend.step(self.optimizer.optimizer)
+        if stepped:
+            self.schedule.step(loss)
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        if self.limits.scale_weight_norms:
+            self.network.apply_max_norm(self.limits.scale_weight_norms)
+        self.state = self.state.after_step(loss=loss, samples=int(samples))
+        seconds = time.perf_counter() - start
+        return StepReport(loss, float(grad_norm), rates, int(samples), seconds, not stepped), stop > 0
+
+    def micro_step(self, batch: Batch) -> Tensor:
+        """Forward and backward of one micro-batch. Returns its part of the step's loss, [] float32, detached."""
+        # Dropouts inside a network use torch's global generators: seeded by what is trained, not by when.
+        torch.manual_seed(randomness.integer(self.state.seed, "network", *batch.visits[0]))
+        self.network.on_step_start()
+        inputs = self.adapter.inputs(batch)
+        draw = self.objective.draw(inputs.latents, batch.visits, seed=self.state.seed)
+        prediction = self.module(draw.x_t, draw.t, inputs.cond)  # [B, 16, h, w]; all that is trained is used here
+        loss_B = self.objective.loss(prediction, draw, inputs.mask)  # [B]
+        loss = (loss_B * inputs.sample_weights).sum()
+        self.backend.backward(loss)
+        return loss.detach()
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"step {self.state.step + 1}: the loss is {loss}, so training stopped before this update; "
+                "lower the learning rate, or use mixed_precision = \"bf16\" instead of \"fp16\""
+            )
+
+    def _tell(self, call: Callable[[Listener], TrainState]) -> None:
+        for listener in self.listeners:
+            self.state = call(listener)

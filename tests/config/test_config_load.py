@@ -1,0 +1,310 @@
+"""Command line and config file to a checked config: precedence, conversion, remarks and refusals."""
+
+import random
+from pathlib import Path
+
+import pytest
+import toml
+
+from library.config.load import load_config
+from library.config.show import output_config, resolved_table
+from library.config.toml_file import key_lines
+from library.config.train_config import OPTIONS
+from library.errors import ConfigError
+
+BASE = """\
+pretrained_model_name_or_path = "polyrank/tiny-flux"
+network_module = "networks.lora_flux"
+output_dir = "out"
+train_data_dir = "data"
+guidance_scale = 1.0
+timestep_sampling = "shift"
+discrete_flow_shift = 3.1582
+model_prediction_type = "raw"
+network_train_unet_only = true
+learning_rate = 1e-4
+"""
+ARGUMENTS = ["--network_module", "networks.lora_flux", "--output_dir", "out", "--train_data_dir", "data"]
+ARGUMENTS += ["--pretrained_model_name_or_path", "polyrank/tiny-flux"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(text, *, base=BASE, encoding="utf-8"):
+        path = tmp_path / "train.toml"
+        path.write_bytes((base + text).encode(encoding))
+        return path
+
+    return write_config
+
+
+def load(path, *words):
+    return load_config(["--config_file", str(path), *words])
+
+
+def refusal(path, *words):
+    with pytest.raises(ConfigError) as caught:
+        load(path, *words)
+    return str(caught.value)
+
+
+def test_command_line_beats_file_beats_default(write):
+    loaded = load(write("network_dim = 16\nseed = 3\n"), "--network_dim", "32")
+    assert loaded.config.network.network_dim == 32
+    assert loaded.config.training.seed == 3
+    assert loaded.config.training.max_train_steps == 1600
+    assert loaded.sources["network_dim"] == "command line"
+    assert loaded.sources["seed"] == "train.toml line 12"
+    assert loaded.sources["max_train_steps"] == "default"
+    assert loaded.notices == ()
+
+
+def test_sections_are_dissolved_and_the_extension_may_be_left_out(write):
+    path = write(
+        "[any_name]\nnetwork_dim = '16'\n\n[other]\nlearning_rate = \"5e-5\"\n",
+        base=BASE.rsplit("\n", 2)[0] + "\n",
+    )
+    loaded = load(path.with_suffix(""))
+    assert loaded.config.network.network_dim == 16
+    assert loaded.config.optimizer.learning_rate == 5e-5
+    assert loaded.sources["network_dim"] == "train.toml [any_name] line 11"
+
+
+def test_byte_order_mark_and_windows_line_ends(write):
+    path = write(
+        "seed = 7\r\ncaption_prefix = 'été'\r\n", base=BASE.replace("\n", "\r\n"), encoding="utf-8-sig"
+    )
+    loaded = load(path)
+    assert loaded.config.training.seed == 7
+    assert loaded.config.dataset.caption_prefix == "été"
+
+
+def test_lists_flags_and_abbreviations_of_the_command_line():
+    words = [
+        "--network_args",
+        "a=1",
+        "b=2",
+        "--text_encoder_lr",
+        "1e-5",
+        "2e-5",
+        "--gradient_acc",
+        "2",
+        "--cache_latents",
+    ]
+    config = load_config([*ARGUMENTS, *words, "--resolution=512,768"]).config
+    assert config.network.network_args == ("a=1", "b=2")
+    assert config.optimizer.text_encoder_lr == (1e-5, 2e-5)
+    assert config.training.gradient_accumulation_steps == 2
+    assert config.caching.cache_latents is True
+    assert config.dataset.resolution == (512, 768)
+
+
+def test_a_repeated_list_option_keeps_the_last_and_says_so():
+    loaded = load_config(
+        [*ARGUMENTS, "--network_args", "a=1", "--network_args", "b=2", "--seed", "1", "--seed", "1"]
+    )
+    assert loaded.config.network.network_args == ("b=2",)
+    assert [n for n in loaded.notices if "several times" in n] == [
+        "command line: --network_args is given several times; the last counts, not a=1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--learing_rate", "1"],
+            "command line: unknown option '--learing_rate'; did you mean 'learning_rate'?",
+        ),
+        (["--network_dim", "many"], "command line: --network_dim many is not a whole number"),
+        (["--network_dim"], "command line: argument --network_dim: expected one argument"),
+        (["stray"], "command line: 'stray' belongs to no option"),
+        (["--sdpa", "max"], "command line: 'max' belongs to no option"),
+    ],
+)
+def test_wrong_command_lines_are_one_sentence(words, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config([*ARGUMENTS, *words])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def one_letter_wrong(name, generator):
+    place = generator.randrange(len(name))
+    letter = generator.choice([c for c in "abcdefghijklmnopqrstuvwxyz" if c != name[place]])
+    return name[:place] + letter + name[place + 1 :]
+
+
+MUTATED = [
+    (name, one_letter_wrong(name, random.Random(name)))
+    for name in random.Random(0).sample([name for name in OPTIONS if len(name) > 3], 60)
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), MUTATED)
+def test_a_key_with_one_wrong_letter_is_refused_with_the_right_one(write, name, wrong):
+    message = refusal(write(f"[some]\n{wrong} = 1\n"))
+    assert message == f"train.toml [some] line 12: unknown option '{wrong}'; did you mean '{name}'?"
+
+
+def test_unknown_keys_are_listed_once(write):
+    loaded = load(write("steps = 35\n[inference]\ndenoise = 0.75\n"))
+    assert loaded.notices == (
+        "Ignored keys, which are no options: steps (train.toml line 11), "
+        "denoise (train.toml [inference] line 13)",
+    )
+    assert "strict_config" in refusal(write("steps = 35\n"), "--strict_config")
+
+
+def test_strict_config_lets_advice_pass():
+    loaded = load_config([*ARGUMENTS, "--strict_config"])
+    assert any("guidance_scale is not given" in notice for notice in loaded.notices)
+
+
+def test_a_key_given_twice_counts_later_and_says_so(write):
+    loaded = load(write("[a]\nresolution = 1024\n[b]\nresolution = '512,512'\n"))
+    assert loaded.config.dataset.resolution == (512, 512)
+    assert loaded.notices == (
+        "resolution is given twice: 1024 (train.toml [a] line 12), then '512,512' (train.toml [b] line 14), "
+        "which counts",
+    )
+
+
+def test_aliases_of_other_trainers(write):
+    loaded = load(write("batch_size = 4\nepoch = 10\n"))
+    assert loaded.config.dataset.train_batch_size == 4
+    assert loaded.config.training.max_train_epochs == 10
+    assert "batch_size is taken as train_batch_size" in loaded.notices[0]
+    # A GUI writes `epoch` beside the steps it computed from it; the steps are what counts.
+    loaded = load(write("max_train_steps = 200\nepoch = 10\ntrain_t5xxl = true\n"))
+    assert loaded.config.training.max_train_epochs is None
+    assert "epoch (max_train_steps is given)" in loaded.notices[0]
+    assert "train_t5xxl (write it into network_args" in loaded.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "value"),
+    [
+        ("cache_latents_to_disk = true", "cache_latents", True),
+        ("cache_text_encoder_outputs_to_disk = 1", "cache_text_encoder_outputs", True),
+        ('mixed_precision = "bf16"\nfp8_base_unet = true', "fp8_base", True),
+        ('caption_extention = ".txt"', "caption_extension", ".txt"),
+        ("use_8bit_adam = true", "optimizer_type", "AdamW8bit"),
+        ("use_lion_optimizer = true", "optimizer_type", "Lion"),
+    ],
+)
+def test_implied_options(write, text, option, value):
+    loaded = load(write(text + "\n"))
+    assert loaded.config.value(option) == value
+    assert loaded.sources[option].startswith("implied by ")
+
+
+def test_implied_options_against_given_ones(write):
+    assert "contradicts optimizer_type = 'Prodigy'" in refusal(
+        write("use_8bit_adam=true\noptimizer_type='Prodigy'\n")
+    )
+    assert load(write("use_8bit_adam=true\noptimizer_type='adamw8bit'\n")).notices == ()
+    loaded = load(write("cache_latents = false\ncache_latents_to_disk = true\n"))
+    assert loaded.config.caching.cache_latents
+    assert "overrides cache_latents = False" in loaded.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--deepspeed"], "--deepspeed is not available in this version: remove it, the run uses DDP"),
+        (["--model_type", "chroma"], "Chroma models are not supported"),
+        (["--log_with", "wandb"], "only tensorboard is available in this version"),
+        (["--weighted_captions"], "no word weights"),
+        (["--huggingface_repo_id", "me/mine"], "nothing is uploaded"),
+        (["--full_fp16"], "use mixed_precision bf16"),
+        (["--debug_dataset"], "use --dry_run"),
+        (["--dataset_class", "my.Data"], "use dataset_config"),
+    ],
+)
+def test_refused_options_say_what_to_do(words, message):
+    with pytest.raises(ConfigError, match=r"^command line: ") as caught:
+        load_config([*ARGUMENTS, *words])
+    assert message in str(caught.value)
+
+
+def test_options_without_effect_are_grouped_by_reason_and_never_stop_the_run(write):
+    text = "xformers = true\nmem_eff_attn = true\nsdpa = true\nblocks_to_swap = 8\n"
+    assert load(write(text + "max_token_length = 75\nv2 = false\n")).notices == (
+        "No effect: xformers, mem_eff_attn (attention is always torch's scaled_dot_product_attention)",
+        "No effect: blocks_to_swap (the whole transformer stays on the GPU in this version)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('ae: "x"\n', "train.toml line 11, column"),
+        ("seed = \n", "this is not TOML"),
+        ('vae = "C:\\Users\\me"\n', "put a Windows path in single quotes"),
+    ],
+)
+def test_broken_toml_is_named_with_its_line(write, text, message):
+    path = write(text)
+    said = refusal(path)
+    assert message in said
+    assert str(path) in said
+
+
+def test_files_that_cannot_be_read(tmp_path, write):
+    assert "there is no such file" in refusal(tmp_path / "none")
+    assert "is not UTF-8" in refusal(write("caption_prefix = 'é'\n", encoding="latin-1"))
+    assert "put its tables into a file of their own" in refusal(write("[[datasets]]\nresolution = 512\n"))
+
+
+def test_lines_of_keys_are_found_behind_lists_comments_and_long_strings():
+    text = '# a\nargs = [\n  "x=1", "y=[2", # ]\n  "z={",\n]\n'
+    text += '"b" = """\nc = 1\n"""\n[t . u]\nd = 1\n[[v]]\ne = {f = 2}\n'
+    assert toml.loads(text)["b"] == "c = 1\n"
+    assert key_lines(text) == {
+        ("", "args"): [2],
+        ("", "b"): [6],
+        ("t", "u"): [9],
+        ("t", "d"): [10],
+        ("", "v"): [11],
+        ("v", "e"): [12],
+    }
+
+
+def test_output_config_writes_what_differs_and_reads_back(tmp_path):
+    target = tmp_path / "made.toml"
+    words = [
+        *ARGUMENTS,
+        "--network_args",
+        "a=1",
+        "--learning_rate",
+        "1e-4",
+        "--wandb_api_key",
+        "secret",
+        "--cache_latents",
+    ]
+    loaded = load_config([*words, "--config_file", str(target), "--output_config"])
+    path, text = output_config(loaded)
+    assert path == target
+    assert set(toml.loads(text)) == {
+        *("network_module", "output_dir", "train_data_dir", "pretrained_model_name_or_path"),
+        *("network_args", "learning_rate", "cache_latents"),
+    }
+    target.write_text(text)
+    again = load_config(["--config_file", str(target)])
+    assert again.config.network == loaded.config.network
+    assert again.config.saving.output_dir == Path("out")
+    with pytest.raises(ConfigError, match="exists"):
+        output_config(loaded)
+    with pytest.raises(ConfigError, match="needs --config_file"):
+        output_config(load_config(["--output_config"]))
+
+
+def test_resolved_table_has_every_option_and_hides_secrets(write):
+    table = {row.name: row for row in resolved_table(load(write("seed = 3\n"), "--wandb_api_key", "secret"))}
+    assert set(table) == set(OPTIONS)
+    assert tuple(table["seed"]) == ("seed", "3", "train.toml line 11", "used")
+    assert table["wandb_api_key"].value == "***"
+    assert table["xformers"].effect == "none"
+    assert table["max_train_epochs"].value == "-"

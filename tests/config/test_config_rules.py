@@ -1,0 +1,141 @@
+"""Rules over several options: what is refused, what is remarked on, what is advised."""
+
+from pathlib import Path
+
+import pytest
+
+from library.config.load import load_config
+from library.errors import ConfigError
+
+COMPLETE = {
+    "pretrained_model_name_or_path": "polyrank/tiny-flux",
+    "network_module": "networks.lora_flux",
+    "output_dir": "out",
+    "train_data_dir": "data",
+    "guidance_scale": "1.0",
+    "timestep_sampling": "shift",
+    "discrete_flow_shift": "3.1582",
+    "model_prediction_type": "raw",
+    "network_train_unet_only": "",
+    "learning_rate": "1e-4",
+}
+
+
+def words(**changes):
+    """The command line of a complete config with some options changed; None leaves one out, "" is a flag."""
+    options = {**COMPLETE, **changes}
+    line = []
+    for name, value in options.items():
+        if value is not None:
+            line += [f"--{name}", *([] if value == "" else value.split(" "))]
+    return line
+
+
+def test_a_complete_config_has_nothing_to_say():
+    assert load_config(words()).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network_module": None}, "network_module is missing: give networks.lora_flux"),
+        (
+            {"network_module": "networks.lora"},
+            "is the module for Stable Diffusion; FLUX's is networks.lora_flux",
+        ),
+        ({"pretrained_model_name_or_path": None}, "pretrained_model_name_or_path is missing"),
+        (
+            {"pretrained_model_name_or_path": "flux1-dev.safetensors", "ae": "ae.sft"},
+            "clip_l and t5xxl missing: the file flux1-dev.safetensors holds the transformer only",
+        ),
+        ({"output_dir": None}, "output_dir is missing"),
+        ({"log_with": "tensorboard"}, "needs logging_dir"),
+        ({"train_data_dir": None}, "no data: give train_data_dir"),
+        ({"dataset_config": "none.toml"}, "dataset_config (command line): none.toml does not exist"),
+        ({"resume": "no/state"}, "resume (command line): no/state does not exist"),
+        ({"network_weights": "no.safetensors"}, "no.safetensors does not exist"),
+        ({"lr_warmup_steps": "10%"}, "use constant_with_warmup, or remove the warm-up"),
+        ({"loss_type": "huber"}, "set huber_schedule to exponential or constant"),
+        ({"full_bf16": ""}, "needs mixed_precision bf16, not no"),
+        ({"fp8_base": ""}, "set mixed_precision to bf16"),
+        ({"initial_step": "1600"}, "is not below max_train_steps = 1600"),
+        ({"global_batch_size": "8", "gradient_accumulation_steps": "2"}, "which decides the accumulation"),
+        ({"network_train_text_encoder_only": ""}, "leave nothing to train"),
+        ({"dim_from_weights": ""}, "needs network_weights"),
+        ({"base_weights_multiplier": "1.0"}, "more values than base_weights has files (0)"),
+        (
+            {
+                "network_train_unet_only": None,
+                "network_args": "train_t5xxl=True",
+                "cache_text_encoder_outputs": "",
+            },
+            "T5's outputs change while it is trained",
+        ),
+        ({"text_encoder_lr": "1 2 3"}, "give one value, or two for CLIP-L and T5"),
+        ({"sample_every_n_steps": "5"}, "needs sample_prompts"),
+        ({"sample_every_n_steps": "5", "sample_prompts": "none.txt"}, "there is no such file"),
+    ],
+)
+def test_broken_rules_are_refused_in_one_sentence(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(words(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_warmup_steps": "10", "lr_scheduler": "constant_with_warmup"},
+        {"lr_warmup_steps": "10", "optimizer_type": "AdamWScheduleFree"},
+        {"loss_type": "huber", "huber_schedule": "constant"},
+        {"fp8_base": "", "mixed_precision": "bf16"},
+        {"sample_every_n_steps": "5", "sample_prompts": "a"},
+        {"resume": "auto"},
+        {"initial_step": "1599"},
+    ],
+)
+def test_the_allowed_neighbours_of_refused_configs(changes):
+    assert load_config(words(**changes)).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"max_train_epochs": "2", "max_train_steps": "9"},
+            "decides the length, so ignored: --max_train_steps 9",
+        ),
+        (
+            {"persistent_data_loader_workers": "", "max_data_loader_n_workers": "0"},
+            "no effect with max_data_loader_n_workers = 0",
+        ),
+        (
+            {"in_json": "meta.json", "reg_data_dir": "reg"},
+            "in_json names the data, so ignored: --reg_data_dir reg",
+        ),
+        ({"mixed_precision": "fp16"}, "bf16 is recommended"),
+        ({"sample_prompts": "a"}, "no sample is drawn"),
+        ({"guidance_scale": None}, "guidance_scale is not given and stays at 3.5; 1.0 is recommended"),
+        ({"timestep_sampling": None}, "stays at sigma; shift or flux_shift is recommended"),
+        ({"model_prediction_type": None}, "stays at sigma_scaled; raw is recommended"),
+        ({"discrete_flow_shift": None}, "stays at 3.0; 3.1582 is recommended"),
+        ({"learning_rate": None}, "stays at 2e-06; 1e-4 is usual"),
+        ({"learning_rate": None, "optimizer_type": "Prodigy"}, "1.0 is recommended with Prodigy"),
+        ({"network_train_unet_only": None}, "CLIP-L is trained as well"),
+    ],
+)
+def test_what_is_worth_saying_is_said_once(changes, message):
+    notices = load_config(words(**changes)).notices
+    assert len(notices) == 1
+    assert message in notices[0]
+
+
+def test_a_dataset_file_wins_over_folders(tmp_path):
+    path = tmp_path / "data.toml"
+    path.touch()
+    loaded = load_config(words(dataset_config=str(path)))
+    assert loaded.notices == (
+        "dataset_config names the data, so ignored: --train_data_dir data (command line)",
+    )
+    assert loaded.config.dataset.dataset_config == Path(path)

@@ -1,0 +1,107 @@
+"""Caption processing against recorded outputs, and the properties of what is random."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from picture_files import golden
+
+from library.config.dataset_settings import SubsetSettings
+from library.data.captions import dropped, fixed_caption, process_caption
+from library.randomness import Visit, generator
+
+RANDOM = {"shuffle_caption", "caption_tag_dropout_rate", "caption_dropout_rate", "enable_wildcard"}
+CASES = [case for case in golden("vectors")["process_caption"] if not RANDOM & case["options"].keys()]
+
+
+def rng(number: int = 0):
+    return generator(1, Visit("a", number), "caption")
+
+
+def process(caption: str, number: int = 0, *, step: int = 0, epoch: int = 1, **options) -> str:
+    settings = SubsetSettings(**options)
+    return process_caption(caption, settings, rng(number), step=step, max_train_steps=100, epoch=epoch)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_deterministic_cases_are_kohyas(case):
+    result = process(case["caption"], step=case["step"], epoch=case["epoch"], **case["options"])
+    assert result == case["result"]
+
+
+def test_enough_recorded_cases_are_compared():
+    assert len(CASES) >= 11
+
+
+@pytest.mark.parametrize(
+    ("caption", "options", "fixed", "flexible", "suffix"),
+    [
+        (
+            "a, b ||| c, d, e, , f ||| g, h",
+            {"keep_tokens_separator": "|||"},
+            "a, b",
+            {"c", "d", "e", "f"},
+            "g, h",
+        ),
+        ("a, b ||| c, d, e", {"keep_tokens_separator": "|||", "keep_tokens": 1}, "a, b", {"c", "d", "e"}, ""),
+        ("1girl, red hair, blue, sky", {"keep_tokens": 2}, "1girl, red hair", {"blue", "sky"}, ""),
+    ],
+)
+def test_shuffle_moves_only_the_flexible_tags(caption, options, fixed, flexible, suffix):
+    seen = set()
+    for number in range(40):
+        result = process(caption, number, shuffle_caption=True, **options)
+        assert result.startswith(fixed)
+        assert result.endswith(suffix)
+        middle = result.removeprefix(fixed).removesuffix(suffix)
+        assert {tag for tag in middle.split(", ") if tag} == flexible
+        seen.add(result)
+    assert len(seen) > 1
+
+
+def test_wildcards_choose_evenly_and_keep_literal_braces():
+    results = Counter(process("{a|b|c} x {{lit|eral}} {d}", n, enable_wildcard=True) for n in range(300))
+    assert set(results) == {f"{one} x {{lit|eral}} d" for one in "abc"}
+    assert min(results.values()) > 60
+
+
+def test_wildcards_are_not_nested():
+    results = {process("{} {a|{b|c}|d}", n, enable_wildcard=True) for n in range(40)}
+    assert results == {"{} a|d}", "{} {b|d}", "{} c|d}"}
+
+
+def test_wildcard_takes_one_line_with_affixes_on_the_outer_lines():
+    results = {
+        process("one\ntwo\nthree", n, enable_wildcard=True, caption_prefix="P", caption_suffix="S")
+        for n in range(40)
+    }
+    assert results == {"P one", "two", "three S"}
+
+
+def test_rates_are_rates():
+    empty = sum(process("x", n, caption_dropout_rate=0.3) == "" for n in range(1000))
+    assert 240 < empty < 360
+    kept = sum(len(process("a,b,c,d", n, caption_tag_dropout_rate=0.25).split(", ")) for n in range(500))
+    assert 1400 < kept < 1600
+
+
+def test_secondary_separator_becomes_the_separator():
+    text = process("a, b;;;c", caption_separator=";", secondary_separator=";;;")
+    assert text == "a, b;c"
+
+
+@given(number=st.integers(0, 10_000))
+def test_cached_text_is_dropped_in_the_same_visits(number):
+    settings = SubsetSettings(caption_dropout_rate=0.5, shuffle_caption=True)
+    live = process_caption("a, b", settings, rng(number), step=0, max_train_steps=9, epoch=1) == ""
+    assert live == dropped(settings, rng(number), epoch=1)
+
+
+def test_fixed_caption_has_what_does_not_change():
+    settings = SubsetSettings(
+        caption_prefix="P", shuffle_caption=True, caption_dropout_rate=1.0, secondary_separator="|"
+    )
+    assert fixed_caption("c, b|a\nsecond", settings, rng()) == "P c, b,a"

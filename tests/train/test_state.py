@@ -1,0 +1,118 @@
+"""Names, positions and state folders against the spec's vectors and against damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from library.config.sections.saving import SavingConfig
+from library.errors import CheckpointError
+from library.train.checkpoint import SavedRun, load_run, newest_run, save_run, what_is_wrong
+from library.train.naming import epoch_save, step_save
+from library.train.state import TrainState, falling_ratio
+
+
+def a_state(step: int = 7, **changes) -> TrainState:
+    values = {
+        "step": step, "seed": 42, "steps_per_epoch": 5, "plan_fingerprint": "abc", "session_id": 99,
+        "started_at": 12.5, "losses": (1.0, 0.5), "validation_losses": ((0, 2.0), (5, 1.0)), "samples_seen": 14,
+    }  # fmt: skip
+    return TrainState(**{**values, **changes})
+
+
+def a_run(step: int = 7) -> SavedRun:
+    return SavedRun(
+        state=a_state(step),
+        network={"lora.alpha": torch.tensor(4.0), "lora.up": torch.randn(3, 2)},
+        optimizer_tensors={"lora.up|exp_avg": torch.randn(3, 2)},
+        optimizer_values={"groups": [{"lr": 1e-4}]},
+        schedule={"last_epoch": step},
+    )
+
+
+def test_state_survives_json_exactly():
+    state = a_state()
+    assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_state_names_kohyas_position():
+    assert a_state(step=7).to_json()["current_epoch"] == 2
+    assert a_state(step=5).to_json()["current_epoch"] == 1
+    assert a_state(step=7).to_json()["current_step"] == 7
+
+
+def test_average_is_over_one_epoch():
+    state = a_state(losses=())
+    for loss in range(8):
+        state = state.after_step(loss=float(loss), samples=2)
+    assert state.losses == (3.0, 4.0, 5.0, 6.0, 7.0)
+    assert state.average_loss == 5.0
+    assert state.samples_seen == 14 + 16
+
+
+def test_falling_ratio_is_last_fifth_over_first_fifth():
+    assert falling_ratio([4.0, 4.0, 3, 3, 3, 3, 3, 3, 1.0, 3.0]) == pytest.approx(0.5)
+    assert falling_ratio([1.0]) is None
+
+
+def test_saved_run_reads_back(tmp_path):
+    run = a_run()
+    save_run(tmp_path / "x-state", run)
+    back = load_run(tmp_path / "x-state")
+    assert back.state == run.state
+    assert back.optimizer_values == run.optimizer_values
+    assert back.schedule == run.schedule
+    for name, tensor in run.network.items():
+        assert torch.equal(back.network[name], tensor)
+    assert torch.equal(back.optimizer_tensors["lora.up|exp_avg"], run.optimizer_tensors["lora.up|exp_avg"])
+    assert [p.name for p in tmp_path.iterdir()] == ["x-state"]
+
+
+def test_newest_run_skips_damaged_states(tmp_path, caplog):
+    for step in (5, 10, 15):
+        save_run(tmp_path / f"out-step{step:08d}-state", a_run(step))
+    newest = tmp_path / "out-step00000015-state"
+    (newest / "model.safetensors").write_bytes(b"half a file")
+    shutil.copytree(tmp_path / "out-step00000010-state", tmp_path / "other-step00000099-state")
+    assert newest_run(tmp_path, "out") == tmp_path / "out-step00000010-state"
+    assert "model.safetensors is damaged" in what_is_wrong(newest)
+
+
+def test_resume_says_what_is_missing(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_run(tmp_path / "nothing-state")
+    (tmp_path / "k-state").mkdir()
+    (tmp_path / "k-state" / "random_states_0.pkl").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="written by sd-scripts"):
+        load_run(tmp_path / "k-state")
+
+
+def test_epoch_names_and_removal():
+    config = SavingConfig(output_name="out", save_every_n_epochs=2, save_last_n_epochs=2)
+    points = {e: epoch_save(config, epoch=e, num_epochs=10) for e in range(1, 11)}
+    assert {e: p and p.stem for e, p in points.items() if p} == {
+        2: "out-000002", 4: "out-000004", 6: "out-000006", 8: "out-000008",
+    }  # fmt: skip
+    assert points[2].retires_model is None
+    assert points[4].retires_model == "out-000000"
+    assert points[8].retires_model == "out-000004"
+    state_keeps = dataclasses.replace(config, save_last_n_epochs_state=1)
+    assert epoch_save(state_keeps, epoch=8, num_epochs=10).retires_state == "out-000006"
+
+
+def test_step_removal_counts_steps_not_files():
+    config = SavingConfig(output_name="out", save_every_n_steps=10, save_last_n_steps=30)
+    assert step_save(config, step=7) is None
+    assert step_save(config, step=40).retires_model == "out-step00000000"
+    assert step_save(config, step=40).retires_state is None
+    assert step_save(config, step=50).retires_model == "out-step00000010"
+    assert step_save(SavingConfig(save_every_n_steps=5), step=120).stem == "at-step00000120"
+
+
+def test_ratio_of_epochs():
+    config = SavingConfig(save_n_epoch_ratio=4)
+    assert [e for e in range(1, 11) if epoch_save(config, epoch=e, num_epochs=10)] == [2, 4, 6, 8]
