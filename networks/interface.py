@@ -140,6 +140,11 @@ class NetworkHandle:
         """Whether the transformer is trained: unless network_train_text_encoder_only."""
         return not self._config.network_train_text_encoder_only
 
+    @property
+    def single_text_encoder_lr(self) -> bool:
+        """Whether all text encoders get the first rate of text_encoder_lr."""
+        return "prepare_optimizer_params_with_multiple_te_lrs" not in self._methods
+
     def prepare(self, options: Mapping[str, object]) -> None:
         """Show the network all options by flat name, read only, if it asks for them."""
         if "prepare_network" in self._methods:

@@ -56,6 +56,12 @@ def diagonal_blocks(matrix: Tensor, rows: Sequence[int]) -> list[Tensor] | None:
     return blocks if inside == int(matrix.count_nonzero()) else None
 
 
+def _follow_alpha(layer: nn.Module, _: object) -> None:
+    """A resumed state may hold another alpha than the options: a file's, given as network_weights."""
+    assert isinstance(layer, LoRALinear)
+    layer.scale = float(layer.alpha) / layer.rank
+
+
 class LoRALinear(nn.Module):
     """The adapter of one target: `lora_down` [rank, in], `lora_up` [out, rank] (or its parts), `alpha`.
 
@@ -87,6 +93,7 @@ class LoRALinear(nn.Module):
         total = float(alpha or target.rank) * max(1, len(target.parts))
         self.scale = total / self.rank
         self.register_buffer("alpha", torch.tensor(total, dtype=torch.float32))
+        self.register_load_state_dict_post_hook(_follow_alpha)  # type: ignore[no-untyped-call]
         # In a tuple, so that the base layer is not registered as part of the adapter.
         self._linear = (linear,)
         self._base_forward: Callable[[Tensor], Tensor] | None = None

@@ -119,7 +119,9 @@ def metadata_arguments(config: NetworkConfig) -> dict[str, str | float | None] |
     if not config.network_args:
         return None
     pairs = [entry.partition("=") for entry in config.network_args]
-    return {**{"dropout": config.network_dropout}, **{key: value for key, _, value in pairs}}
+    arguments: dict[str, str | float | None] = {key: value for key, _, value in pairs}
+    arguments.setdefault("dropout", config.network_dropout)
+    return arguments
 
 
 def create_module(

@@ -273,6 +273,15 @@ def test_a_plain_file_loads_into_split_layers_and_a_split_one_into_plain_layers(
     made, _ = create_network_from_weights(1.0, None, None, other.text_encoders, other.flux, goal.export())
     made.apply_to(other.text_encoders, other.flux, True, True)
     torch.testing.assert_close(other.output(), split.output())
+
+    third = Rig()
+    made, _ = create_network_from_weights(
+        1.0, None, None, third.text_encoders, third.flux, source.export(), split_qkv="True"
+    )
+    made.apply_to(third.text_encoders, third.flux, True, True)
+    assert any(lora.parts for lora in made.loras)
+    torch.testing.assert_close(third.output(), plain.output())
+
     mixed = {name: t.clone() for name, t in goal.export().items()}
     mixed["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] += 1
     with pytest.raises(CheckpointError, match="is not split"):
@@ -288,6 +297,10 @@ def test_strength_of_a_loaded_file_is_the_files() -> None:
     scales = {lora.lora_name: lora.scale for lora in made.loras}
     assert scales["lora_unet_single_blocks_0_linear2"] == 0.25
     assert scales["lora_unet_single_blocks_1_linear2"] == 1.0
+
+    resumed = network(Rig(), alpha=4.0)
+    resumed.load_state_dict(made.state_dict())
+    assert {lora.lora_name: lora.scale for lora in resumed.loras} == scales
 
 
 @pytest.mark.parametrize(
