@@ -41,7 +41,9 @@ def test_weightings_equal_the_reference_and_act_only_on_sigma_scaled_predictions
     torch.testing.assert_close(loss_per_sample(estimate, target, sigmas=sigmas, config=plain), mean)
     assert weighting(sigmas, plain) is None
     factor = VECTORS["loss_weighting_sigma_0.25"][scheme]
-    torch.testing.assert_close(loss_per_sample(estimate, target, sigmas=sigmas, config=weighted), factor * mean)
+    torch.testing.assert_close(
+        loss_per_sample(estimate, target, sigmas=sigmas, config=weighted), factor * mean
+    )
 
 
 def test_huber_is_quadratic_near_zero_and_linear_far_away():

@@ -16,8 +16,12 @@ def test_a_sample_draws_the_same_in_any_batch():
     assert torch.equal(together, backwards.flip(0))
     for index, visit in enumerate(VISITS):
         assert torch.equal(draw_noise(7, [visit], (16, 4, 6))[0], together[index])
-        assert torch.equal(draw_normal(7, [visit], purpose="t")[0], draw_normal(7, VISITS, purpose="t")[index])
-        assert torch.equal(draw_uniform(7, [visit], purpose="t")[0], draw_uniform(7, VISITS, purpose="t")[index])
+        assert torch.equal(
+            draw_normal(7, [visit], purpose="t")[0], draw_normal(7, VISITS, purpose="t")[index]
+        )
+        assert torch.equal(
+            draw_uniform(7, [visit], purpose="t")[0], draw_uniform(7, VISITS, purpose="t")[index]
+        )
 
 
 def test_samples_visits_seeds_and_purposes_differ():

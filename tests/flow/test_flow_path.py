@@ -48,5 +48,9 @@ def test_the_path_ends_at_the_picture_and_at_noise_and_has_constant_velocity():
 
 @pytest.mark.parametrize(("name", "expected"), [("raw", 2.0), ("additive", 5.0), ("sigma_scaled", 2.5)])
 def test_prediction_types(name, expected):
-    prediction, x_t, sigmas = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 3.0), torch.full((1,), 0.25)
+    prediction, x_t, sigmas = (
+        torch.full((1, 1, 1, 1), 2.0),
+        torch.full((1, 1, 1, 1), 3.0),
+        torch.full((1,), 0.25),
+    )
     assert PREDICTION_TYPES[name](prediction, x_t, sigmas.reshape(1, 1, 1, 1)).item() == expected

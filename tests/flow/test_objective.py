@@ -1,9 +1,11 @@
 """Draws and losses of the objective as a whole."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from library.config.sections.objective import ObjectiveConfig
 from library.errors import ConfigError
@@ -11,6 +13,7 @@ from library.flow.noise import draw_noise
 from library.flow.objective import Objective
 from library.randomness import Visit
 
+RECORDED = Path(__file__).parents[1] / "data/flow/replay.safetensors"
 VISITS = [Visit(f"0/pictures/{name}", 2) for name in "abcd"]
 RAW = ObjectiveConfig(timestep_sampling="shift", model_prediction_type="raw")
 
@@ -96,3 +99,16 @@ def test_the_snr_schedule_is_refused_where_it_would_be_used(kind):
     with pytest.raises(ConfigError, match=r'huber_schedule = "snr".*constant or exponential'):
         Objective(ObjectiveConfig(loss_type=kind))
     Objective(ObjectiveConfig(loss_type="l2"))
+
+
+def test_a_recorded_step_of_the_reference_comes_out_bit_for_bit():
+    """Latents, noise, time and the model's answer of a run of the reference: same input, target and loss."""
+    recorded = load_file(RECORDED)
+    objective = Objective(RAW)
+    draw = objective.at(recorded["latents"], recorded["noise"], recorded["timesteps"] / 1000)
+    assert torch.equal(draw.x_t, recorded["noisy_model_input"])
+    assert torch.equal(draw.target, recorded["target"])
+    assert torch.equal(draw.t, recorded["sigmas"].flatten())
+    torch.testing.assert_close(
+        objective.loss(recorded["model_pred"], draw).mean(), recorded["loss"].squeeze()
+    )

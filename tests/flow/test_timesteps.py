@@ -13,7 +13,9 @@ from library.flow.timesteps import SAMPLERS, SIGMA_SAMPLERS, sample_sigmas, samp
 VECTORS = json.loads((Path(__file__).parents[1] / "data/flow/vectors.json").read_text())
 
 
-@pytest.mark.parametrize("case", VECTORS["timesteps"], ids=lambda case: "-".join(map(str, case["args"].values())))
+@pytest.mark.parametrize(
+    "case", VECTORS["timesteps"], ids=lambda case: "-".join(map(str, case["args"].values()))
+)
 def test_equals_the_reference_for_its_random_numbers(case):
     config = ObjectiveConfig(**case["args"])
     torch.manual_seed(case["seed"])
@@ -36,7 +38,9 @@ def test_the_whole_distribution_is_squeezed_between_min_and_max_timestep(options
     everywhere = sample_sigmas(numbers, free, tokens=64)
     assert everywhere.min() < 0.2
     assert everywhere.max() > 0.8
-    limited = sample_sigmas(numbers, ObjectiveConfig(**options, min_timestep=200, max_timestep=500), tokens=64)
+    limited = sample_sigmas(
+        numbers, ObjectiveConfig(**options, min_timestep=200, max_timestep=500), tokens=64
+    )
     torch.testing.assert_close(limited, 0.2 + 0.3 * everywhere)
     upper = sample_sigmas(numbers, ObjectiveConfig(**options, max_timestep=500), tokens=64)
     torch.testing.assert_close(upper, 0.5 * everywhere)
