@@ -1,14 +1,13 @@
 """Optimizers by name, each from its own package, as Kohya names them.
 
-Names of the table are found whatever their case; others are a class of torch.optim, or `module.Class`.
+Names are found whatever their case, in the table and then in torch.optim; `module.Class` is exact.
 Packages are imported when they are chosen, so a missing one stops only those who ask for it. Learning-rate
 schedules are `schedules.py`; saving and restoring what an optimizer remembers is `state.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -17,14 +16,7 @@ from torch import Tensor
 
 from library.config.sections.optimizer import OptimizerConfig
 from library.errors import ConfigError
-from library.optim.plugins import (
-    Arguments,
-    check_arguments,
-    classes_of,
-    import_class,
-    nearest,
-    parse_arguments,
-)
+from library.optim.plugins import check_arguments, classes_of, import_class, nearest, parse_arguments
 
 
 class ParameterGroup(Protocol):
@@ -110,15 +102,6 @@ class BuiltOptimizer:
         """Put the weights that are to be used, sampled with and saved in place."""
         self._switch("eval")
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Have the weights that are to be used in place for a while, then those to train on."""
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train()
-
     def _switch(self, mode: str) -> None:
         if self.is_schedule_free:
             cast("Callable[[], None]", getattr(self.optimizer, mode))()
@@ -155,8 +138,17 @@ def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOpt
 
     Raises `ConfigError` for unknown names and arguments and `EnvironmentUnsupported` for a missing package.
     """
-    recipe, kind, parsed = _resolve(config)
-    notices = parsed.notices
+    recipe, notices = _choose(config)
+    parsed = parse_arguments(config.optimizer_args, option="optimizer_args")
+    notices += parsed.notices
+    kind = import_class(recipe.module, recipe.name, option=f"optimizer_type = {recipe.name}")
+    check_arguments(
+        parsed.values,
+        target=kind,
+        option="optimizer_args",
+        reserved={"params": "the network", "lr": "learning_rate"},
+        own=tuple(recipe.fixed),
+    )
     arguments = {**recipe.defaults, **parsed.values}
     relative = False
     if recipe.name == "Adafactor":
@@ -180,29 +172,18 @@ def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOpt
     return built
 
 
-def check(config: OptimizerConfig) -> None:
-    """Raise what `build` would raise for a wrong name, package or argument, before anything is loaded."""
-    _resolve(config)
-
-
-def _resolve(config: OptimizerConfig) -> tuple[Recipe, type, Arguments]:
-    """The named optimizer's class and its checked arguments."""
-    recipe, notices = _choose(config)
-    parsed = parse_arguments(config.optimizer_args, option="optimizer_args")
-    kind = import_class(recipe.module, recipe.name, option=f"optimizer_type = {recipe.name}")
-    check_arguments(
-        parsed.values,
-        target=kind,
-        option="optimizer_args",
-        reserved={"params": "the network", "lr": "learning_rate"},
-        own=tuple(recipe.fixed),
-    )
-    return recipe, kind, Arguments(parsed.values, (*notices, *parsed.notices))
-
-
 def _choose(config: OptimizerConfig) -> tuple[Recipe, tuple[str, ...]]:
-    """Where the class of the named optimizer is. (use_8bit_adam and use_lion_optimizer came in as names.)"""
-    name = config.optimizer_type or "AdamW"
+    """Where the class of the named optimizer is; the two old switches are names as well."""
+    switches = {"AdamW8bit": config.use_8bit_adam, "Lion": config.use_lion_optimizer}
+    named = [name for name, on in switches.items() if on] + [config.optimizer_type] * bool(
+        config.optimizer_type
+    )
+    if len(named) > 1:
+        raise ConfigError(
+            "only one of optimizer_type, use_8bit_adam and use_lion_optimizer can choose the optimizer; "
+            f"these choose {' and '.join(named)}"
+        )
+    name = named[0] if named else "AdamW"
     by_lower = {one.lower(): recipe for one, recipe in RECIPES.items()}
     alias = ALIASES.get(name.lower())
     if alias is not None:
@@ -212,13 +193,13 @@ def _choose(config: OptimizerConfig) -> tuple[Recipe, tuple[str, ...]]:
     module, dot, class_name = name.rpartition(".")
     if dot:
         return Recipe(module, class_name), ()
-    known = classes_of("torch.optim")
-    if name not in known:
+    in_torch = {one.lower(): one for one in classes_of("torch.optim") if one != "Optimizer"}
+    if name.lower() not in in_torch:
         raise ConfigError(
-            f"optimizer_type = {name} is not known; {nearest(name, {*RECIPES, *known} - {'Optimizer'})} "
-            "Any other class can be given as module.Class"
+            f"optimizer_type = {name} is not known; {nearest(name, {*RECIPES, *in_torch.values()})} "
+            "(any other class can be given as module.Class)"
         )
-    return Recipe("torch.optim", name), ()
+    return Recipe("torch.optim", in_torch[name.lower()]), ()
 
 
 def _settle_adafactor(
