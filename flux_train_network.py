@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_own_library()
         loaded = load_config(sys.argv[1:] if arguments is None else arguments)
         # torch takes seconds to import: --help, a wrong option and a missing file answer without it.
-        from library.train.run import run  # noqa: PLC0415
+        from library.train.setup import run  # noqa: PLC0415
 
         run(loaded)
     except TrainerError as error:

@@ -1,4 +1,4 @@
-"""The layers, the absence of cycles, and where torch.distributed may be named: held by walking the syntax trees."""
+"""The layers, the absence of cycles, who may name torch.distributed: held by walking the syntax trees."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def layer(module: str) -> int:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Modules of ours that `module` imports when it runs, function-level imports counted, typing-only ones not."""
+    """Modules of ours that `module` imports at run time; function-level imports count, typing-only ones not."""
     tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
     typing_only = {
         id(node)
@@ -55,7 +55,8 @@ def imports(module: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{module}: relative import"
             found.update(
-                full if (full := f"{node.module}.{alias.name}") in FILES else node.module for alias in node.names
+                full if (full := f"{node.module}.{alias.name}") in FILES else node.module
+                for alias in node.names
             )
     return frozenset(name for name in found if name in FILES and name not in ("library", "networks"))
 
@@ -77,7 +78,9 @@ def test_imports_never_climb():
 
 
 def test_networks_do_not_know_the_models():
-    assert not [m for m in FILES if m.startswith("networks") for o in imports(m) if o.startswith("library.models")]
+    assert not [
+        m for m in FILES if m.startswith("networks") for o in imports(m) if o.startswith("library.models")
+    ]
 
 
 def test_no_cycles_and_short_chains():
@@ -108,7 +111,9 @@ def test_config_imports_nothing_heavy():
     for module, path in FILES.items():
         if module.startswith("library.config"):
             names = {
-                (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
+                (node.module or "").split(".")[0]
+                if isinstance(node, ast.ImportFrom)
+                else alias.name.split(".")[0]
                 for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                 if isinstance(node, ast.Import | ast.ImportFrom)
                 for alias in node.names

@@ -32,7 +32,9 @@ class FluxTextEncoders:
         """Conditions of `captions`, on the encoders' device."""
         device = next(self.t5.parameters()).device
         clip, t5, t5_mask = (ids.to(device) for ids in self.tokenizers.tokenize(captions))
-        autocast = torch.autocast(device.type, dtype=self._dtype) if self._dtype is not None else nullcontext()
+        autocast = (
+            torch.autocast(device.type, dtype=self._dtype) if self._dtype is not None else nullcontext()
+        )
         with autocast:
             pooled = self.clip_l(clip)
             hidden = self.t5(t5, t5_mask if self._apply_mask else None)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -38,7 +39,7 @@ class DdpSettings:
 class DdpBackend:
     """The `Backend` of several ranks under DDP, on NCCL or gloo."""
 
-    def __init__(self, world: World, *, store: dist.Store, dtype: torch.dtype, settings: DdpSettings) -> None:
+    def __init__(self, world: World, *, store: Store, dtype: torch.dtype, settings: DdpSettings) -> None:
         self.world = world
         self._store = store
         self._scaler = LossScaler(device=world.device, dtype=dtype)

@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from library.distributed.base import Backend, World
 from library.distributed.ddp import DdpBackend, DdpSettings
@@ -44,10 +46,10 @@ def connect(*, dtype: torch.dtype, settings: DdpSettings, timeout_minutes: int |
     if size == 1:
         return SingleBackend(world, dtype=dtype)
     timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else DEFAULT_TIMEOUT
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout,
+        store=PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
-    return DdpBackend(world, store=dist.PrefixStore("wait", store), dtype=dtype, settings=settings)
+    return DdpBackend(world, store=PrefixStore("wait", store), dtype=dtype, settings=settings)

@@ -55,3 +55,14 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+def sampled_hash(path: Path) -> str:
+    """Hash of a file's length and of 64 KiB at its start, middle and end: tells two models apart in milliseconds."""
+    size = path.stat().st_size
+    state = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for offset in (0, size // 2, max(0, size - _LEGACY_LENGTH)):
+            file.seek(offset)
+            state.update(file.read(_LEGACY_LENGTH))
+    return state.hexdigest()

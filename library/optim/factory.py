@@ -7,7 +7,8 @@ schedules are `schedules.py`; saving and restoring what an optimizer remembers i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from library.config.sections.optimizer import OptimizerConfig
 from library.errors import ConfigError
-from library.optim.plugins import check_arguments, classes_of, import_class, nearest, parse_arguments
+from library.optim.plugins import (
+    Arguments,
+    check_arguments,
+    classes_of,
+    import_class,
+    nearest,
+    parse_arguments,
+)
 
 
 class ParameterGroup(Protocol):
@@ -102,6 +110,15 @@ class BuiltOptimizer:
         """Put the weights that are to be used, sampled with and saved in place."""
         self._switch("eval")
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Have the weights that are to be used in place for a while, then those to train on."""
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train()
+
     def _switch(self, mode: str) -> None:
         if self.is_schedule_free:
             cast("Callable[[], None]", getattr(self.optimizer, mode))()
@@ -138,17 +155,8 @@ def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOpt
 
     Raises `ConfigError` for unknown names and arguments and `EnvironmentUnsupported` for a missing package.
     """
-    recipe, notices = _choose(config)
-    parsed = parse_arguments(config.optimizer_args, option="optimizer_args")
-    notices += parsed.notices
-    kind = import_class(recipe.module, recipe.name, option=f"optimizer_type = {recipe.name}")
-    check_arguments(
-        parsed.values,
-        target=kind,
-        option="optimizer_args",
-        reserved={"params": "the network", "lr": "learning_rate"},
-        own=tuple(recipe.fixed),
-    )
+    recipe, kind, parsed = _resolve(config)
+    notices = parsed.notices
     arguments = {**recipe.defaults, **parsed.values}
     relative = False
     if recipe.name == "Adafactor":
@@ -172,18 +180,29 @@ def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOpt
     return built
 
 
-def _choose(config: OptimizerConfig) -> tuple[Recipe, tuple[str, ...]]:
-    """Where the class of the named optimizer is; the two old switches are names as well."""
-    switches = {"AdamW8bit": config.use_8bit_adam, "Lion": config.use_lion_optimizer}
-    named = [name for name, on in switches.items() if on] + [config.optimizer_type] * bool(
-        config.optimizer_type
+def check(config: OptimizerConfig) -> None:
+    """Raise what `build` would raise for a wrong name, package or argument, before anything is loaded."""
+    _resolve(config)
+
+
+def _resolve(config: OptimizerConfig) -> tuple[Recipe, type, Arguments]:
+    """The named optimizer's class and its checked arguments."""
+    recipe, notices = _choose(config)
+    parsed = parse_arguments(config.optimizer_args, option="optimizer_args")
+    kind = import_class(recipe.module, recipe.name, option=f"optimizer_type = {recipe.name}")
+    check_arguments(
+        parsed.values,
+        target=kind,
+        option="optimizer_args",
+        reserved={"params": "the network", "lr": "learning_rate"},
+        own=tuple(recipe.fixed),
     )
-    if len(named) > 1:
-        raise ConfigError(
-            "only one of optimizer_type, use_8bit_adam and use_lion_optimizer can choose the optimizer; "
-            f"these choose {' and '.join(named)}"
-        )
-    name = named[0] if named else "AdamW"
+    return recipe, kind, Arguments(parsed.values, (*notices, *parsed.notices))
+
+
+def _choose(config: OptimizerConfig) -> tuple[Recipe, tuple[str, ...]]:
+    """Where the class of the named optimizer is. (use_8bit_adam and use_lion_optimizer came in as names.)"""
+    name = config.optimizer_type or "AdamW"
     by_lower = {one.lower(): recipe for one, recipe in RECIPES.items()}
     alias = ALIASES.get(name.lower())
     if alias is not None:

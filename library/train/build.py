@@ -109,7 +109,10 @@ def build_trained(job: Job) -> Trained:
     )
     optimizer = factory.build(config.optimizer, groups)
     schedule = schedules.build(
-        config.schedule, optimizer, base_lr=config.optimizer.learning_rate, total_steps=job.data.plan.total_steps
+        config.schedule,
+        optimizer,
+        base_lr=config.optimizer.learning_rate,
+        total_steps=job.data.plan.total_steps,
     )
     for notice in (*optimizer.notices, *schedule.notices):
         logger.warning(notice)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from library.adapters.text import FluxTextEncoders
 from library.cache.build import build_latents, build_text
-from library.cache.latents import LatentStore, latent_needs
+from library.cache.latents import LatentNeed, LatentStore, latent_needs
 from library.cache.survey import CacheOptions, Work, survey_latents, survey_text
-from library.cache.text import TextOptions, text_needs
+from library.cache.text import TextNeed, TextOptions, text_needs
 from library.config.prompts import SamplePrompt
 from library.config.train_config import TrainConfig
 from library.data.dataset import TrainingData
@@ -102,7 +102,7 @@ class CachingPhase:
             skip_check=self.config.caching.skip_cache_check,
         )
 
-    def _announce(self, what: str, work: Work[object]) -> None:  # type: ignore[type-var]
+    def _announce(self, what: str, work: Work[LatentNeed] | Work[TextNeed]) -> None:
         for notice in work.notices:
             logger.warning(notice)
         missing = len(work.to_write) + len(work.to_keep)
@@ -138,7 +138,9 @@ class ProgressReport:
             self._bar.stop()
 
 
-def image_encoder(autoencoder: AutoEncoder, device: torch.device) -> Callable[[Tensor, Tensor | None], Tensor]:
+def image_encoder(
+    autoencoder: AutoEncoder, device: torch.device
+) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Images [B, 3, H, W] and posterior noise [B, 16, h, w] to scaled latents [B, 16, h, w] float32."""
     autoencoder.to(device)
     dtype = next(autoencoder.parameters()).dtype

@@ -46,7 +46,7 @@ class SavedRun:
     network: Mapping[str, Tensor]
     optimizer_tensors: Mapping[str, Tensor]
     optimizer_values: Mapping[str, Any]
-    schedule: Mapping[str, Any]
+    schedule: object
 
 
 def save_run(folder: Path, run: SavedRun) -> None:
@@ -143,7 +143,11 @@ def _fsync(path: Path) -> None:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: Any) -> str:

@@ -55,7 +55,7 @@ class MetadataWriter:
             model=model,
             is_schnell=not job.loader.files.is_dev,
             network_args=metadata_arguments(job.config.network),
-            single_text_encoder_lr=not self._trained.network.takes_several_text_rates,
+            single_text_encoder_lr=self._trained.network.single_text_encoder_lr,
             trainer_version=f"polyrank/{library.__version__}",
         )
 

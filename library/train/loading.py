@@ -66,7 +66,9 @@ class ModelLoader:
 
     def t5(self, device: torch.device) -> T5Encoder:
         """T5 on `device`."""
-        return load_t5(self.files.t5, device=device, dtype=self.dtype, mmap=self._mmap)
+        memory = self.config.memory
+        fp8 = torch.float8_e4m3fn if memory.fp8_base and not memory.fp8_base_unet else None
+        return load_t5(self.files.t5, device=device, dtype=self.dtype, weight_dtype=fp8, mmap=self._mmap)
 
     def text_encoders(self, device: torch.device) -> FluxTextEncoders:
         """Both encoders with their tokenizers, on `device`."""
@@ -82,7 +84,7 @@ class ModelLoader:
         """The transformer on `device`, its blocks' weights in float8 with fp8_base."""
         return load_flux(
             self.files.transformer, device=device, dtype=self.dtype, mmap=self._mmap,
-            fp8=self.config.memory.fp8_base,
+            weight_dtype=torch.float8_e4m3fn if self.config.memory.fp8_base else None,
         )  # fmt: skip
 
     def autoencoder_identity(self) -> str:

@@ -14,7 +14,6 @@ from library.config.train_config import TrainConfig
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 
-
 # Kohya keeps secrets and local paths out of what trackers store.
 PRIVATE = frozenset(
     {
@@ -26,7 +25,9 @@ PRIVATE = frozenset(
 
 def log_folder(logging_dir: Path, log_prefix: str | None, tracker_name: str | None) -> Path:
     """`<logging_dir>/<log_prefix><YYYYmmddHHMMSS>/<tracker name>`, as Kohya lays it out."""
-    return logging_dir / f"{log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}" / (tracker_name or "network_train")
+    return (
+        logging_dir / f"{log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}" / (tracker_name or "network_train")
+    )
 
 
 class TensorBoardListener:

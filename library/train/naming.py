@@ -64,7 +64,11 @@ def step_save(config: SavingConfig, *, step: int) -> SavePoint | None:
         step_stem(config.output_name, step),
         _retired_step(config.output_name, step, every, config.save_last_n_steps, least=0),
         _retired_step(
-            config.output_name, step, every, config.save_last_n_steps_state or config.save_last_n_steps, least=1
+            config.output_name,
+            step,
+            every,
+            config.save_last_n_steps_state or config.save_last_n_steps,
+            least=1,
         ),
     )
 

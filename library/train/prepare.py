@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from library.config.dataset_settings import DatasetSettings
 from library.config.datasets import resolve_datasets
@@ -149,7 +150,7 @@ def _validation_plan(config: TrainConfig, data: TrainingData, *, world_size: int
 
 def _without_chance(dataset: DatasetSettings) -> DatasetSettings:
     """A dataset whose samples look the same in every visit, so that two validation losses can be compared."""
-    calm = {
+    calm: dict[str, Any] = {
         "shuffle_caption": False, "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0,
         "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0.0, "color_aug": False, "flip_aug": False,
         "random_crop": False,

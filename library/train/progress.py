@@ -1,4 +1,4 @@
-"""What the person at the screen sees while a run goes on: one bar on a terminal, plain lines in a log file."""
+"""What the person at the screen sees while a run goes on: a bar on a terminal, lines in a log file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class ProgressListener:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("steps", total=self._total, completed=state.step, numbers="starting")
+            self._task = self._bar.add_task(
+                "steps", total=self._total, completed=state.step, numbers="starting"
+            )
             self._bar.start()
         return state
 

@@ -47,7 +47,9 @@ def choose_seed(config: TrainConfig, saved: SavedRun | None, backend: Backend) -
     if saved is not None:
         if given is not None and given != saved.state.seed:
             logger.warning(
-                "seed = %d is not the %d of the saved run: data order and noise change here", given, saved.state.seed
+                "seed = %d is not the %d of the saved run: data order and noise change here",
+                given,
+                saved.state.seed,
             )
         else:
             return saved.state.seed
@@ -73,7 +75,9 @@ def first_state(
         done = state.step / state.steps_per_epoch
         step = round(done * plan.steps_per_epoch)
         logger.warning(
-            "data or batch size are not those of the saved run: going on %.2f epochs in, at step %d", done, step
+            "data or batch size are not those of the saved run: going on %.2f epochs in, at step %d",
+            done,
+            step,
         )
         state = replace(
             state, step=step, steps_per_epoch=plan.steps_per_epoch, plan_fingerprint=plan.fingerprint()

@@ -20,11 +20,11 @@ from library.distributed.base import Backend
 from library.distributed.ddp import DdpSettings
 from library.distributed.launch import connect, launched_rank, launched_world_size
 from library.distributed.precision import DTYPES
-from library.errors import ConfigError, Interrupted
+from library.errors import Interrupted
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import setup_logging
-from library.train.build import Job, Trained, build_adapter, build_trained, check_parts, wanted_prompts
+from library.train.build import Job, build_adapter, build_trained, check_parts, wanted_prompts
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.describe import show_plan, show_result, show_start
 from library.train.facts import MetadataWriter

@@ -1,7 +1,7 @@
 """The training loop. One optimizer step reads from top to bottom; everything else happens in listeners.
 
-A step is a list of micro-steps. Each sample of a step carries its share of the step's loss (1 / samples of the
-step, over all ranks and micro-steps), so the gradient is the mean over the step's samples however they are dealt.
+A step is a list of micro-steps. Each sample carries its share of the step's loss (1 / samples of the step, over all
+ranks and micro-steps), so the gradient is the mean over the step's samples however they are dealt.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ class Trainer:
         while self.state.step < self.limits.total_steps:
             report, stop = self.optimizer_step(batches)
             self._tell(lambda listener, report=report: listener.on_step(self.state, report))  # type: ignore[misc]
-            if self.state.step % self.state.steps_per_epoch == 0 or self.state.step == self.limits.total_steps:
+            if (
+                self.state.step % self.state.steps_per_epoch == 0
+                or self.state.step == self.limits.total_steps
+            ):
                 epoch = math.ceil(self.state.step / self.state.steps_per_epoch)
                 self._tell(lambda listener, epoch=epoch: listener.on_epoch(self.state, epoch))  # type: ignore[misc]
                 self.network.on_epoch_start()
@@ -123,13 +126,15 @@ class Trainer:
         return StepReport(loss, float(grad_norm), rates, int(samples), seconds, not stepped), stop > 0
 
     def micro_step(self, batch: Batch) -> Tensor:
-        """Forward and backward of one micro-batch. Returns its part of the step's loss, [] float32, detached."""
+        """Forward and backward of one micro-batch. Returns its part of the step's loss, detached, []."""
         # Dropouts inside a network use torch's global generators: seeded by what is trained, not by when.
         torch.manual_seed(randomness.integer(self.state.seed, "network", *batch.visits[0]))
         self.network.on_step_start()
         inputs = self.adapter.inputs(batch)
         draw = self.objective.draw(inputs.latents, batch.visits, seed=self.state.seed)
-        prediction = self.module(draw.x_t, draw.t, inputs.cond)  # [B, 16, h, w]; all that is trained is used here
+        prediction = self.module(
+            draw.x_t, draw.t, inputs.cond
+        )  # [B, 16, h, w]; all that is trained is used here
         loss_B = self.objective.loss(prediction, draw, inputs.mask)  # [B]
         loss = (loss_B * inputs.sample_weights).sum()
         self.backend.backward(loss)
@@ -139,7 +144,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingDiverged(
                 f"step {self.state.step + 1}: the loss is {loss}, so training stopped before this update; "
-                "lower the learning rate, or use mixed_precision = \"bf16\" instead of \"fp16\""
+                'lower the learning rate, or use mixed_precision = "bf16" instead of "fp16"'
             )
 
     def _tell(self, call: Callable[[Listener], TrainState]) -> None:

@@ -19,7 +19,8 @@ from library.train.state import TrainState, falling_ratio
 def a_state(step: int = 7, **changes) -> TrainState:
     values = {
         "step": step, "seed": 42, "steps_per_epoch": 5, "plan_fingerprint": "abc", "session_id": 99,
-        "started_at": 12.5, "losses": (1.0, 0.5), "validation_losses": ((0, 2.0), (5, 1.0)), "samples_seen": 14,
+        "started_at": 12.5, "losses": (1.0, 0.5), "validation_losses": ((0, 2.0), (5, 1.0)),
+        "samples_seen": 14,
     }  # fmt: skip
     return TrainState(**{**values, **changes})
 

@@ -1,1 +1,1 @@
-"""The sections of the configuration, one frozen dataclass each."""
+"""The options, one dataclass a section. A field is the only place that declares its option."""

@@ -1,20 +1,35 @@
-"""[schedule] How the learning rate changes over the optimizer steps. Kohya's names and defaults."""
+"""[schedule] How the learning rate runs over the steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from library.config.options import Limit, option
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleConfig:
-    """Warm-up and decay: whole numbers are optimizer steps, fractions are shares of the run."""
+    """Learning rate schedule."""
 
-    lr_scheduler: str = "constant"
-    lr_scheduler_type: str = ""
-    lr_scheduler_args: tuple[str, ...] = ()
-    lr_warmup_steps: int | float = 0
-    lr_decay_steps: int | float = 0
-    lr_scheduler_num_cycles: int = 1
-    lr_scheduler_power: float = 1
-    lr_scheduler_timescale: int | None = None
-    lr_scheduler_min_lr_ratio: float | None = None
+    lr_scheduler: str = option(
+        "constant", "schedule by name: constant, constant_with_warmup, linear, cosine, ..."
+    )
+    lr_scheduler_type: str = option("", "a scheduler class of one's own, as package.Class")
+    lr_scheduler_args: tuple[str, ...] = option((), "further arguments of the scheduler, as key=value")
+    lr_warmup_steps: int | float = option(
+        0, "warm-up: steps, a share below 1, or a percentage", limit=Limit(ge=0)
+    )
+    lr_decay_steps: int | float = option(
+        0, "decay: steps, a share below 1, or a percentage", limit=Limit(ge=0)
+    )
+    lr_scheduler_num_cycles: int = option(1, "restarts of cosine_with_restarts", limit=Limit(ge=0))
+    lr_scheduler_power: float = option(1.0, "power of polynomial", limit=Limit(ge=0))
+    lr_scheduler_timescale: int | None = option(
+        None,
+        "time scale of inverse_sqrt; unset is lr_warmup_steps",
+        limit=Limit(ge=1, unit="steps"),
+        unset=(0,),
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None, "lowest learning rate as a share of the highest", limit=Limit(ge=0, le=1)
+    )
