@@ -93,8 +93,8 @@ def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
     )  # fmt: skip
 
 
-def train(job: Job) -> None:
-    """Build what is trained, train it to the end, write the final file."""
+def train(job: Job) -> Trained:
+    """Build what is trained, train it to the end, write the final file. Returns what was trained."""
     config, backend, state = job.config, job.backend, job.state
     trained = build_trained(job)
     adapter = build_adapter(job, trained)
@@ -141,6 +141,7 @@ def train(job: Job) -> None:
             f"{saver.interrupted(trainer.state)}, go on with --resume auto"
         )
     show_result(saver.written)
+    return trained
 
 
 def batches(job: Job) -> Iterator[Batch]:

@@ -136,7 +136,8 @@ def test_report_lists_buckets():
 def test_units_per_step_from_processes_or_global_batch():
     assert units_per_step((2,), world=4, accumulation=3, global_batch_size=None) == 12
     assert units_per_step((2, 2), world=4, accumulation=1, global_batch_size=16) == 8
+    assert units_per_step((2,), world=4, accumulation=1, global_batch_size=12) == 6
     with pytest.raises(ConfigError, match="multiple of train_batch_size"):
-        units_per_step((2,), world=4, accumulation=1, global_batch_size=12)
+        units_per_step((2,), world=4, accumulation=1, global_batch_size=13)
     with pytest.raises(ConfigError, match="one train_batch_size"):
         units_per_step((2, 1), world=1, accumulation=1, global_batch_size=4)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.config.options import Limit, no_effect, option
-
-TIMESTEP_RANGE = no_effect(
-    "Kohya's FLUX trainer never reads it and neither does this one: timesteps cover the whole range"
-)
+from library.config.options import Limit, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +28,12 @@ class ObjectiveConfig:
     logit_mean: float = option(0.0, "mean for weighting_scheme logit_normal")
     logit_std: float = option(1.0, "standard deviation for weighting_scheme logit_normal", limit=Limit(gt=0))
     mode_scale: float = option(1.29, "scale for weighting_scheme mode")
-    min_timestep: int | None = option(None, "lowest timestep, of 1000", effect=TIMESTEP_RANGE)
-    max_timestep: int | None = option(None, "highest timestep, of 1000", effect=TIMESTEP_RANGE)
+    min_timestep: int | None = option(
+        None, "lowest timestep; the distribution is squeezed into the range", limit=Limit(ge=0, le=1000)
+    )
+    max_timestep: int | None = option(
+        None, "highest timestep; the distribution is squeezed into the range", limit=Limit(ge=0, le=1000)
+    )
     model_prediction_type: str = option(
         "sigma_scaled",
         "how the output is read; raw is recommended",
