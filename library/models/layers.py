@@ -158,7 +158,7 @@ class DoubleStreamBlock(nn.Module):
             rotation,
             mask,
         )
-        txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
+        txt_out, img_out = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
         img = torch.addcmul(img, img_attn_mod.gate, self.img_attn.proj(img_out))
         img = torch.addcmul(img, img_mlp_mod.gate, self.img_mlp(img_mlp_mod.enter(self.img_norm2(img))))
         txt = torch.addcmul(txt, txt_attn_mod.gate, self.txt_attn.proj(txt_out))
