@@ -199,12 +199,13 @@ def _parse(body: bytes) -> dict[str, Any] | None:
 
 def _tensor_info(path: Path, name: str, value: object, offset: int) -> TensorInfo:
     try:
-        assert isinstance(value, dict)
+        if not isinstance(value, dict):
+            raise TypeError
         start, end = value["data_offsets"]
         info = TensorInfo(
             str(value["dtype"]), tuple(int(n) for n in value["shape"]), offset + start, offset + end
         )
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path} has a damaged header (entry {name!r}); download it again.") from None
     if info.dtype not in DTYPES:
         raise CheckpointError(f"{path} holds {name} as {info.dtype}, a number format that is not supported.")

@@ -211,7 +211,7 @@ def require(path: Path, kind: str, option: str) -> Part:
     if kind in info.parts:
         return info.parts[kind]
     what, home = KINDS[info.kind]
-    advice = f"; give it as {home}" if home else f"; --{option} needs {KINDS[kind][0]}"
+    advice = f"; give it as --{home}" if home else f"; --{option} needs {KINDS[kind][0]}"
     raise CheckpointError(f"--{option} {path} is {what}{advice}.")
 
 

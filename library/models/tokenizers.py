@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,14 @@ _NEEDED = {
     "clip": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
     "t5": (("tokenizer.json",), ("spiece.model",)),
 }
+
+
+class _Source(NamedTuple):
+    hub: str
+    folders: tuple[str, ...]
+
+
+_SOURCES = {"clip": _Source(CLIP_NAME, CLIP_FOLDERS), "t5": _Source(T5_NAME, T5_FOLDERS)}
 
 
 class Tokens(NamedTuple):
@@ -82,33 +91,60 @@ def _encode(tokenizer: Any, texts: list[str], length: int) -> dict[str, Tensor]:
 
 
 def _load(kind: str, folder: Path | None) -> Any:
-    from transformers import CLIPTokenizerFast, T5TokenizerFast  # noqa: PLC0415 (takes seconds to import)
-
-    kinds = {
-        "clip": (CLIPTokenizerFast, CLIP_NAME, CLIP_FOLDERS),
-        "t5": (T5TokenizerFast, T5_NAME, T5_FOLDERS),
-    }
-    make, name, folders = kinds[kind]
-    found = _find(kind, folder, folders) if folder else None
+    names = _SOURCES[kind]
+    found = _find(kind, folder, names.folders) if folder else None
     if found is not None:
-        try:
-            return make.from_pretrained(str(found), local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            raise CheckpointError(
-                f"The tokenizer in {found} cannot be read ({_first_line(error)})."
-            ) from error
+        return _read(kind, found)
     try:
-        tokenizer = make.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        where = f"{folder} has no folder {folders[0]}" if folder else "tokenizer_cache_dir is not set"
+        fetched = _fetch(kind)
+    except (OSError, ValueError) as error:
+        where = f"{folder} has no folder {names.folders[0]}" if folder else "tokenizer_cache_dir is not set"
         raise CheckpointError(
-            f"The tokenizer {name} cannot be fetched from the Hugging Face hub and {where}; set "
+            f"The tokenizer {names.hub} cannot be fetched from the Hugging Face hub and {where}; set "
             f"tokenizer_cache_dir to a folder with {CLIP_FOLDERS[0]}/ and {T5_FOLDERS[0]}/, or to a "
             "diffusers FLUX.1 or ComfyUI folder."
         ) from error
+    tokenizer = _read(kind, fetched)
     if folder is not None:
-        _keep(tokenizer, folder / folders[0])
+        _keep(tokenizer, folder / names.folders[0])
     return tokenizer
+
+
+def _read(kind: str, folder: Path) -> Any:
+    from transformers import CLIPTokenizerFast, T5TokenizerFast  # noqa: PLC0415 (takes seconds to import)
+
+    make = {"clip": CLIPTokenizerFast, "t5": T5TokenizerFast}[kind]
+    try:
+        return make.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        advice = "" if (folder / "tokenizer.json").exists() else "; `pip install sentencepiece` may be needed"
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be read ({_first_line(error)}){advice}."
+        ) from error
+
+
+def _fetch(kind: str) -> Path:
+    """The folder in the hub's cache with the tokenizer's files, downloaded if they are not there.
+
+    File by file, because transformers 5 makes an empty tokenizer, without a word, of a name that it cannot
+    reach.
+    """
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 (belongs to transformers)
+    from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415
+
+    problem: OSError | ValueError | None = None
+    for files in _NEEDED[kind]:
+        try:
+            paths = [Path(hf_hub_download(_SOURCES[kind].hub, file)) for file in files]
+        except (OSError, ValueError) as error:
+            problem = error
+            continue
+        for extra in ("tokenizer_config.json", "special_tokens_map.json"):
+            with suppress(EntryNotFoundError):
+                hf_hub_download(_SOURCES[kind].hub, extra)
+        return paths[0].parent
+    assert problem is not None, "every kind has files"
+    raise problem
 
 
 def _find(kind: str, folder: Path, names: Sequence[str]) -> Path | None:
