@@ -51,7 +51,7 @@ class Backend(Protocol):
     def clip_grad_norm(
         self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_norm: float
     ) -> Tensor:
-        """Unscale and clip the L2 norm of the gradients to `max_norm` (0: only measure). Returns the norm before, []."""
+        """Unscale and clip the L2 norm of the gradients to `max_norm` (0: only measure). Returns the norm before it."""
         ...
 
     def step(self, optimizer: Optimizer) -> bool:

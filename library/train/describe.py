@@ -71,7 +71,7 @@ def show_plan(loaded: LoadedConfig, files: ModelFiles, data: Data, console: Cons
     console.print(_buckets(data))
     size = measure_network(config, files)
     for name, value in _plan_rows(data, size):
-        console.print(f"{name:<22} {value}", highlight=False)
+        console.print(f"{name:<24} {value}", highlight=False)
 
 
 def show_start(job: Job) -> None:

@@ -20,7 +20,7 @@ from networks.plugins import metadata_arguments
 
 
 class MetadataWriter:
-    """Metadata of a file saved now. The base model is hashed whole in the background: it takes minutes on slow disks."""
+    """Metadata of a file saved now. The base model is hashed whole, in the background: slow disks take minutes."""
 
     def __init__(self, job: Job, trained: Trained) -> None:
         self._job, self._trained = job, trained

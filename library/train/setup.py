@@ -24,7 +24,7 @@ from library.errors import Interrupted
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import setup_logging
-from library.train.build import Job, build_adapter, build_trained, check_parts, wanted_prompts
+from library.train.build import Job, Trained, build_adapter, build_trained, check_parts, wanted_prompts
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.describe import show_plan, show_result, show_start
 from library.train.facts import MetadataWriter
