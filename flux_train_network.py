@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import library
 from library.config.load import load_config
 from library.errors import TrainerError, UserError
 
+GRACE_SECONDS = 5.0  # what other ranks leave rank 0 to say what is wrong
 HERE = Path(__file__).resolve().parent
 
 
@@ -40,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         run(loaded)
     except TrainerError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # What every rank finds wrong, rank 0 says; the launcher ends the others meanwhile.
+            time.sleep(GRACE_SECONDS)
+        print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     return 0
 

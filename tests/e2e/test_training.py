@@ -104,7 +104,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(tmp_path: Path, pictures
     ("changes", "said"),
     [
         ({"learning_rate": None, "learing_rate": 1e-3}, "did you mean 'learning_rate'"),
-        ({"ae": "{tiny}/clip_l.safetensors"}, "is a CLIP-L text encoder; give it as clip_l"),
+        ({"ae": "{tiny}/clip_l.safetensors"}, "is a CLIP-L text encoder; give it as --clip_l"),
         ({"t5xxl": "{data}/nothing.safetensors"}, "does not exist"),
         ({"train_data_dir": "{empty}"}, "no image"),
         ({"network_module": "networks.lora"}, "networks.lora_flux"),

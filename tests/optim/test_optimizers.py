@@ -75,12 +75,8 @@ def test_other_classes_by_path_or_from_torch(name):
     assert type(build(_config(name), groups(network())).optimizer) is torch.optim.Adam
 
 
-def test_the_empty_name_and_the_old_switches():
+def test_the_empty_name_is_adamw():
     assert type(build(_config(), groups(network())).optimizer) is torch.optim.AdamW
-    assert build(_config(use_8bit_adam=True), groups(network())).description.endswith("AdamW8bit")
-    assert build(_config(use_lion_optimizer=True), groups(network())).description.endswith("Lion")
-    with pytest.raises(ConfigError, match=r"only one of .* AdamW8bit and Prodigy"):
-        build(_config("Prodigy", use_8bit_adam=True), groups(network()))
 
 
 @pytest.mark.parametrize(
