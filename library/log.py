@@ -33,9 +33,10 @@ def setup_logging(
 ) -> None:
     """Send the project's records to `console`; other ranks only warn. The rest is Kohya's console_log_*."""
     handler: logging.Handler
-    if simple:
+    if simple or not console.is_terminal:
+        # In a file nothing should be wrapped at the width of a screen that is not there.
         handler = logging.StreamHandler(console.file)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     else:
         handler = RichHandler(
             console=console, show_path=False, show_time=False, markup=False, highlighter=None

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from library.errors import CheckpointError
-from library.files.atomic import fsync_directory
+from library.files.atomic import current_umask, fsync_directory
 from library.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def save_run(folder: Path, run: SavedRun) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~current_umask())
         save_file({k: v.contiguous() for k, v in run.network.items()}, temporary / MODEL)
         save_file({k: v.contiguous() for k, v in run.optimizer_tensors.items()}, temporary / OPTIMIZER)
         values = {**run.state.to_json(), "optimizer": run.optimizer_values, "schedule": run.schedule}
@@ -62,6 +62,7 @@ def save_run(folder: Path, run: SavedRun) -> None:
         manifest = {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, TRAIN_STATE)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
+            file.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
             _fsync(file)
         fsync_directory(temporary)
         _swap(temporary, folder)

@@ -35,7 +35,7 @@ def trained_by(folder: Path, data: Path, *, ranks: int, **changes: object) -> li
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
         [*start, str(WORKER), str(config), str(folder)], capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)]
