@@ -2,8 +2,8 @@
 on first use.
 
 It needs no download and runs on a CPU in seconds, with the same files, layouts and code paths as the real
-one. The autoencoder and the tokenizers work; transformer and text encoders are untrained, scaled as real
-ones are at the start of their training, so that an adapter on the blocks can learn. Every weight is a
+one. The autoencoder and the tokenizers work, and the transformer is built to denoise a little; the text encoders
+are random, scaled as real ones are at the start of their training. Every weight is a
 function of its name, from raw Philox output and exact arithmetic, so the files have the same bytes on every
 machine.
 """
@@ -28,10 +28,11 @@ from library.models.text_encoders import ClipL, T5Encoder
 from library.models.tiny_autoencoder import PARAMS as AE_PARAMS
 from library.models.tiny_autoencoder import autoencoder_tensors
 from library.models.tiny_tokenizers import clip_vocabulary, t5_vocabulary, tokenizer_files
+from library.models.tiny_transformer import transformer_tensors
 from library.randomness import Visit, generator
 
 NAME = "polyrank/tiny-flux"
-FOLDER = "tiny-flux-v1"  # the number changes whenever a byte of the files does
+FOLDER = "tiny-flux-v2"  # the number changes whenever a byte of the files does
 
 FLUX_PARAMS = FluxParams(
     vec_in_dim=64,
@@ -72,7 +73,7 @@ def write_tiny_flux(folder: Path) -> None:
     other.
     """
     models: Mapping[str, Callable[[], tuple[dict[str, Tensor], dict[str, str]]]] = {
-        "flux.safetensors": lambda: (_bf16(_random(Flux, FLUX_PARAMS, _flux_scale, gates=True)), {}),
+        "flux.safetensors": lambda: (_bf16(_transformer()), {}),
         "ae.safetensors": lambda: (
             autoencoder_tensors(),
             {"config": json.dumps({"norm_num_groups": AE_PARAMS.num_groups})},
@@ -88,21 +89,26 @@ def write_tiny_flux(folder: Path) -> None:
             write_text(folder / name, text)
 
 
-def _random(
-    make: Callable[..., nn.Module], params: object, scale: Scale, *, gates: bool = False
-) -> dict[str, Tensor]:
+def _transformer() -> dict[str, Tensor]:
+    return transformer_tensors(FLUX_PARAMS, list(_shapes(Flux, FLUX_PARAMS).items()), _uniform)
+
+
+def _random(make: Callable[..., nn.Module], params: object, scale: Scale) -> dict[str, Tensor]:
     """Weights of a model: norms one, biases zero, the rest uniform with the deviation that `scale` gives."""
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in make(params).named_parameters()}
     tensors: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
+    for name, shape in _shapes(make, params).items():
         if "norm" in name and not name.endswith("bias"):
             tensors[name] = torch.ones(shape)
         elif name.endswith(".bias"):
-            tensors[name] = _modulation_bias(name, shape) if gates else torch.zeros(shape)
+            tensors[name] = torch.zeros(shape)
         else:
             tensors[name] = _uniform(name, shape) * scale(name, shape)
     return tensors
+
+
+def _shapes(make: Callable[..., nn.Module], params: object) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in make(params).named_parameters()}
 
 
 def _uniform(name: str, shape: torch.Size) -> Tensor:
@@ -113,26 +119,6 @@ def _uniform(name: str, shape: torch.Size) -> Tensor:
     raw = generator(0, Visit(f"{NAME}/{name}", 0), "weights").bit_generator.random_raw(shape.numel())
     unit = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return torch.from_numpy(((unit * 2 - 1) * math.sqrt(3)).astype(np.float32)).reshape(shape)
-
-
-def _modulation_bias(name: str, shape: torch.Size) -> Tensor:
-    """Shifts and scales start at zero and gates at one, so that every block takes part."""
-    bias = torch.zeros(shape)
-    if name.endswith(("_mod.lin.bias", "modulation.lin.bias")):
-        bias.view(-1, 3, FLUX_PARAMS.hidden_size)[:, 2] = 1.0
-    return bias
-
-
-def _flux_scale(name: str, shape: torch.Size) -> float:
-    factors = {
-        "mod.lin": 0.2,
-        "modulation": 0.2,
-        "_attn.proj": 0.5,
-        "_mlp.2": 0.5,
-        "linear2": 0.5,
-        "final_layer": 0.5,
-    }
-    return next((factor for part, factor in factors.items() if part in name), 1.0) / math.sqrt(shape[-1])
 
 
 def _clip_scale(name: str, shape: torch.Size) -> float:

@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_one_sentence(
     tmp_path: Path, pictures: Path, changes: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "empty" / "1_x").mkdir(parents=True)
-    tiny = Path(os.environ["POLYRANK_CACHE"]) / "tiny-flux-v1"
+    tiny = Path(os.environ["POLYRANK_CACHE"]) / "tiny-flux-v2"
     places = {"data": str(pictures), "empty": str(tmp_path / "empty"), "tiny": str(tiny)}
     filled = {
         key: value.format(**places) if isinstance(value, str) else value for key, value in changes.items()
