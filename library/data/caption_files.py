@@ -2,7 +2,8 @@
 
 The text is returned raw; what the options make of it is `captions.py`. Differences from Kohya: a byte order
 mark is dropped, the face-crop fall-back looks at the file name only, and a folder that has captions only as
-`.txt` is read although another extension was asked for (and it is said).
+`.txt` is read although another extension was asked for (and it is said). A folder with neither captions nor class
+tokens is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +52,14 @@ def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems
         if not text:
             blank.append(files[image])
     missing = [image for image in listing.images if image not in files]
-    if missing:
+    if not files and listing.images and not settings.class_tokens and settings.caption_dropout_rate < 1:
+        # Kohya would train the whole folder on the empty caption, which is hardly ever meant.
+        problems.add(
+            listing.folder,
+            f"has no {extension} captions and no class tokens: write captions beside the images, name the folder "
+            f"{settings.num_repeats}_token, or set caption_dropout_rate = 1 to train without captions",
+        )
+    elif missing:
         notices.append(_missing_notice(missing, listing, settings, extension))
     if blank:
         notices.append(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,34 +109,20 @@ class CachingPhase:
         missing = len(work.to_write) + len(work.to_keep)
         logger.info("%s: %d of %d to encode", what, missing, work.num_checked)
 
-    def _progress(self, what: str) -> ProgressReport:
-        return ProgressReport(what, self.console if self.backend.world.is_main else None)
+    def _progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return progress_bar(what, self.console if self.backend.world.is_main else None)
 
 
-class ProgressReport:
-    """A bar for a caching pass on the main rank's terminal; silent elsewhere."""
-
-    def __init__(self, what: str, console: Console | None) -> None:
-        self._what = what
-        self._bar = (
-            Progress(
-                TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-            )
-            if console is not None and console.is_terminal
-            else None
-        )
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        if self._bar is None:
-            return lambda done, total: None
-        bar = self._bar
-        bar.start()
-        task = bar.add_task(self._what, total=None)
-        return lambda done, total: bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+@contextmanager
+def progress_bar(what: str, console: Console | None) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is gone when the pass is done; yields what to call with (done, of how many). None: no bar."""
+    if console is None or not console.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def image_encoder(

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -65,7 +66,7 @@ def show_plan(loaded: LoadedConfig, files: ModelFiles, data: Data, console: Cons
     options = Table("option", "value", "from", "effect", title="Options that differ from the default")
     for row in resolved_table(loaded):
         if row.source != "default":
-            options.add_row(row.name, row.value, row.source, row.effect)
+            options.add_row(row.name, escape(row.value), escape(row.source), row.effect)
     console.print(options)
     console.print(_subsets(data))
     console.print(_buckets(data))
@@ -128,7 +129,7 @@ def _subsets(data: Data) -> Table:
     table = Table("dataset", "folder", "repeats", "images", "validation", "kind", title="Folders")
     for report in data.discovered.subsets:
         table.add_row(
-            str(report.dataset + 1), report.name, str(report.num_repeats), str(report.num_images),
+            str(report.dataset + 1), escape(report.name), str(report.num_repeats), str(report.num_images),
             str(report.num_validation), "regularisation" if report.is_reg else "training",
         )  # fmt: skip
     return table

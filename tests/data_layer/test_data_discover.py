@@ -102,7 +102,9 @@ def test_txt_captions_are_used_when_no_file_has_the_asked_extension(tree):
 
 
 def one_folder(folder, **options) -> tuple[DatasetSettings, ...]:
-    subset = SubsetSettings(image_dir=folder, **{"caption_extension": ".txt", **options})
+    subset = SubsetSettings(
+        image_dir=folder, **{"caption_extension": ".txt", "class_tokens": "thing", **options}
+    )
     return (DatasetSettings(resolution=(64, 64), subsets=(subset,)),)
 
 
@@ -150,7 +152,7 @@ def test_problems_are_listed_together(tmp_path):
     (tmp_path / "empty").mkdir()
     subsets = (
         *one_folder(tmp_path)[0].subsets,
-        SubsetSettings(image_dir=tmp_path / "empty"),
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / "empty"),
     )
     with pytest.raises(DatasetError) as caught:
         discover((DatasetSettings(resolution=(64, 64), subsets=subsets),), seed=0)
@@ -193,7 +195,9 @@ def test_images_of_one_stem_get_cache_names_of_their_own(tmp_path):
 def test_folders_of_one_name_have_different_keys(tmp_path):
     for parent in "xy":
         write_picture(tmp_path / parent / "pics" / "a.png", (20, 20))
-    subsets = tuple(SubsetSettings(image_dir=tmp_path / parent / "pics") for parent in "xy")
+    subsets = tuple(
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / parent / "pics") for parent in "xy"
+    )
     found = discover((DatasetSettings(resolution=(64, 64), subsets=subsets),), seed=0)
     assert [record.key for record in found.records] == ["0/pics/a.png", "0/pics/a.png#2"]
 
@@ -204,7 +208,9 @@ def test_folders_of_one_name_have_different_keys(tmp_path):
 def test_validation_images_are_never_trained_on(tmp_path, images, share, held):
     for number in range(images):
         write_picture(tmp_path / "p" / f"{number}.png", (20, 20))
-    subsets = (SubsetSettings(image_dir=tmp_path / "p", num_repeats=3, validation_split=share),)
+    subsets = (
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / "p", num_repeats=3, validation_split=share),
+    )
     one = DatasetSettings(resolution=(64, 64), subsets=subsets)
     found = discover((one, one), seed=1)
     training = {record.key for record in found.records}
@@ -225,9 +231,9 @@ def test_subsets_are_split_apart_and_regularisation_is_not_held_back(tmp_path):
         for number in range(4):
             write_picture(tmp_path / folder / f"{number}.png", (20, 20))
     subsets = (
-        SubsetSettings(image_dir=tmp_path / "a", validation_split=0.5),
-        SubsetSettings(image_dir=tmp_path / "b", validation_split=0.0),
-        SubsetSettings(image_dir=tmp_path / "r", is_reg=True, validation_split=0.5),
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / "a", validation_split=0.5),
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / "b", validation_split=0.0),
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / "r", is_reg=True, validation_split=0.5),
     )
     found = discover((DatasetSettings(resolution=(64, 64), subsets=subsets),), seed=1)
     assert Counter(record.subset for record in found.validation) == {0: 2}
@@ -239,8 +245,8 @@ def test_regularisation_beyond_the_need_is_left_out(tmp_path):
     for number in range(5):
         write_picture(tmp_path / "r" / f"{number}.png", (20, 20))
     subsets = (
-        SubsetSettings(image_dir=tmp_path / "r", is_reg=True, num_repeats=2),
-        SubsetSettings(image_dir=tmp_path / "t", num_repeats=3),
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / "r", is_reg=True, num_repeats=2),
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / "t", num_repeats=3),
     )
     found = discover((DatasetSettings(resolution=(64, 64), subsets=subsets),), seed=0)
     assert [(r.path.name, r.num_repeats) for r in found.records] == [("a.png", 3), ("0.png", 2), ("1.png", 2)]

@@ -140,6 +140,15 @@ def test_a_corrupt_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "broken.jpg" in capsys.readouterr().err
 
 
+def test_a_folder_without_captions_or_token_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    draw_pictures(tmp_path / "data" / "1", SIZES[:2], captions=False)
+    config = write_config(tmp_path / "c.toml", tmp_path / "data", tmp_path / "out")
+    assert main(["--config_file", str(config)]) == 2
+    assert "no .txt captions and no class tokens" in capsys.readouterr().err
+    config = write_config(tmp_path / "d.toml", tmp_path / "data", tmp_path / "out", caption_dropout_rate=1.0)
+    assert main(["--config_file", str(config), "--dry_run"]) == 0
+
+
 def test_dry_run_prints_the_plan_and_loads_nothing(tmp_path: Path, pictures: Path):
     config = write_config(tmp_path / "c.toml", pictures, tmp_path / "out", network_dim=8)
     printed = run(config, "--dry_run").stdout
