@@ -16,7 +16,7 @@ from pathlib import Path
 
 import library
 from library.config.load import load_config
-from library.errors import Interrupted, TrainerError, UserError
+from library.errors import Interrupted, NothingToDo, TrainerError, UserError
 
 GRACE_SECONDS = 5.0  # what other ranks leave rank 0 to say what is wrong
 HERE = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # What every rank finds wrong, rank 0 says; the launcher ends the others meanwhile.
             time.sleep(GRACE_SECONDS)
         prefix = "" if rank == "0" else f"rank {rank}: "
-        prefix += "" if isinstance(error, Interrupted) else "error: "
+        prefix += "" if isinstance(error, Interrupted | NothingToDo) else "error: "
         print(f"{prefix}{error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     return 0

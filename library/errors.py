@@ -45,6 +45,12 @@ class TrainingDiverged(TrainerError):
     exit_code = 3
 
 
+class NothingToDo(TrainerError):
+    """The run that was to be resumed is complete: no error, so that a restarting launcher comes to rest."""
+
+    exit_code = 0
+
+
 class Interrupted(TrainerError):
     """A signal asked the run to stop; its state was written first."""
 

@@ -31,7 +31,10 @@ class OnceFilter(logging.Filter):
 def setup_logging(
     *, is_main: bool, console: Console, level: str = "INFO", file: Path | None = None, simple: bool = False
 ) -> None:
-    """Send the project's records to `console`; other ranks only warn. The rest is Kohya's console_log_*."""
+    """Send the project's records to `console`.
+
+    Other ranks are silent but for errors. The other arguments are Kohya's console_log_*.
+    """
     handler: logging.Handler
     if simple or not console.is_terminal:
         # In a file nothing should be wrapped at the width of a screen that is not there.
@@ -53,7 +56,7 @@ def setup_logging(
         for one in handlers:
             one.addFilter(once)
             logger.addHandler(one)
-        logger.setLevel(level if is_main else logging.WARNING)
+        logger.setLevel(level if is_main else logging.ERROR)
         logger.propagate = False
 
 

@@ -31,10 +31,31 @@ class World:
         return self.rank == 0
 
 
+class Stepper(Protocol):
+    """How gradients become an update: unscaling, clipping, the step itself."""
+
+    def clip(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Unscale and clip the L2 norm of the gradients to `max_norm` (0: only measure). Returns the norm before it."""
+        ...
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Update the parameters. False when loss scaling found an overflow and skipped the update."""
+        ...
+
+    def state(self) -> dict[str, float]:
+        """State of fp16 loss scaling, for a checkpoint; empty without it."""
+        ...
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Take up a saved `state`."""
+        ...
+
+
 class Backend(Protocol):
     """One way to run the same training on one or several ranks."""
 
     world: World
+    stepper: Stepper
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Make the root module's forward take part in gradient averaging. Called once."""
@@ -46,24 +67,6 @@ class Backend(Protocol):
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate this rank's part of the step's loss. The parts of all ranks and micro-steps add up to it."""
-        ...
-
-    def clip_grad_norm(
-        self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_norm: float
-    ) -> Tensor:
-        """Unscale and clip the L2 norm of the gradients to `max_norm` (0: only measure). Returns the norm before it."""
-        ...
-
-    def step(self, optimizer: Optimizer) -> bool:
-        """Update the parameters. False when loss scaling found an overflow and skipped the update."""
-        ...
-
-    def scaler_state(self) -> dict[str, float]:
-        """State of fp16 loss scaling, for a checkpoint; empty without it."""
-        ...
-
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        """Take up a saved `scaler_state`."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:

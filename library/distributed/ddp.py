@@ -8,7 +8,6 @@ The frozen base is not broadcast at start: every rank read it from the same file
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
-from library.distributed.base import World
+from library.distributed.base import Stepper, World
 from library.distributed.precision import LossScaler
 from library.errors import TrainerError
 
@@ -43,6 +41,7 @@ class DdpBackend:
         self.world = world
         self._store = store
         self._scaler = LossScaler(device=world.device, dtype=dtype)
+        self.stepper: Stepper = self._scaler
         self._settings = settings
         self._module: DistributedDataParallel | None = None
 
@@ -68,20 +67,6 @@ class DdpBackend:
     def backward(self, loss: Tensor) -> None:
         self._scaler.backward(loss * self.world.size)
 
-    def clip_grad_norm(
-        self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_norm: float
-    ) -> Tensor:
-        return self._scaler.clip(optimizer, parameters, max_norm)
-
-    def step(self, optimizer: Optimizer) -> bool:
-        return self._scaler.step(optimizer)
-
-    def scaler_state(self) -> dict[str, float]:
-        return self._scaler.state()
-
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        self._scaler.load_state(state)
-
     def sum(self, values: Tensor) -> Tensor:
         dist.all_reduce(values)
         return values
@@ -103,4 +88,5 @@ class DdpBackend:
             # An abort, not a farewell: peers may sit in a collective that this rank will never join.
             self._store.set("failure", f"rank {self.world.rank}: {failure}")
             return
+        self.wait("the end")  # the main rank may still be writing
         dist.destroy_process_group()

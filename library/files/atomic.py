@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def fsync_directory(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make what was written to a file, or the renames inside a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -32,11 +32,10 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(temporary)
         temporary.chmod(0o666 & ~current_umask())
         temporary.replace(path)
-        fsync_directory(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

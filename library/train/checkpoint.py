@@ -12,10 +12,8 @@ It is made under a temporary name, synced, and renamed. A folder whose manifest 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -28,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from library.errors import CheckpointError
-from library.files.atomic import current_umask, fsync_directory
+from library.files.atomic import current_umask, fsync
+from library.files.hashes import file_sha256
 from library.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -59,12 +58,12 @@ def save_run(folder: Path, run: SavedRun) -> None:
         save_file({k: v.contiguous() for k, v in run.optimizer_tensors.items()}, temporary / OPTIMIZER)
         values = {**run.state.to_json(), "optimizer": run.optimizer_values, "schedule": run.schedule}
         (temporary / TRAIN_STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
-        manifest = {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, TRAIN_STATE)}
+        manifest = {name: file_sha256(temporary / name) for name in (MODEL, OPTIMIZER, TRAIN_STATE)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
             file.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
-            _fsync(file)
-        fsync_directory(temporary)
+            fsync(file)
+        fsync(temporary)
         _swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -98,24 +97,29 @@ def what_is_wrong(folder: Path) -> str | None:
         return f"it has no {MANIFEST}, so it is not a whole state"
     manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     for name, expected in manifest.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
             return f"its file {name} is damaged; take an older state"
     return None
 
 
 def newest_run(output_dir: Path, output_name: str | None) -> Path | None:
     """The whole state of this output with the most steps done; None if there is none. Damaged ones are named."""
-    found: list[tuple[int, float, Path]] = []
-    for folder in sorted(output_dir.glob(f"*{STATE_SUFFIX}*")) if output_dir.is_dir() else []:
-        if not folder.name.startswith(output_name or ("epoch", "at", "last")):
-            continue
+    names = output_name or ("epoch", "at", "last")
+    folders = [folder for folder in output_dir.glob(f"*{STATE_SUFFIX}*") if folder.name.startswith(names)]
+    for folder in sorted(folders, key=_steps_done, reverse=True):
         problem = what_is_wrong(folder)
-        if problem:
-            logger.warning("not resuming from %s: %s", folder, problem)
-            continue
-        state = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
-        found.append((int(state["step"]), folder.stat().st_mtime, folder))
-    return max(found)[2] if found else None
+        if problem is None:
+            return folder
+        logger.warning("not resuming from %s: %s", folder, problem)
+    return None
+
+
+def _steps_done(folder: Path) -> tuple[int, str]:
+    """Steps that a state says it has done; -1 if it cannot be read."""
+    try:
+        return int(json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))["step"]), folder.name
+    except (OSError, ValueError, KeyError):
+        return -1, folder.name
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -130,29 +134,5 @@ def _swap(new: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
     new.rename(target)
-    fsync_directory(target.parent)
+    fsync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file: Any) -> str:
-    state = hashlib.sha256()
-    while block := file.read(1 << 20):
-        state.update(block)
-    return state.hexdigest()

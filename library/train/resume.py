@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.config.train_config import TrainConfig
 from library.data.plan import Plan
 from library.distributed.base import Backend
-from library.errors import CheckpointError
+from library.errors import CheckpointError, NothingToDo
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.optim.state import ExportedState, export_state, import_state
@@ -83,8 +83,8 @@ def first_state(
             state, step=step, steps_per_epoch=plan.steps_per_epoch, plan_fingerprint=plan.fingerprint()
         )
     if state.step >= plan.total_steps:
-        raise CheckpointError(
-            f"--resume: the saved run has done {state.step} steps of {plan.total_steps}, so nothing is left; "
+        raise NothingToDo(
+            f"the saved run has done {state.step} steps of {plan.total_steps}, so nothing is left to do; "
             "raise max_train_steps or max_train_epochs to train on"
         )
     return state
@@ -112,7 +112,7 @@ def capture(state: TrainState, parts: Resumable) -> SavedRun:
     """Everything that a resume needs, as of now."""
     exported = export_state(parts.optimizer.optimizer, parts.names())
     return SavedRun(
-        state=replace(state, scaler=tuple(sorted(parts.backend.scaler_state().items()))),
+        state=replace(state, scaler=tuple(sorted(parts.backend.stepper.state().items()))),
         network={name: tensor.detach().cpu() for name, tensor in parts.tensors().items()},
         optimizer_tensors=exported.tensors,
         optimizer_values=exported.values,
@@ -136,4 +136,4 @@ def restore(saved: SavedRun, parts: Resumable) -> None:
     import_state(parts.optimizer.optimizer, parts.names(), exported)
     parts.optimizer.train()
     parts.schedule.load_state_dict(saved.schedule)
-    parts.backend.load_scaler_state(dict(saved.state.scaler))
+    parts.backend.stepper.load_state(dict(saved.state.scaler))

@@ -136,9 +136,11 @@ def train(job: Job) -> Trained:
         stop.install()
         finished = trainer.run(batches(job))
     if not finished:
+        folder = saver.interrupted(trainer.state)
+        backend.wait("the state is saved")  # the launcher ends all ranks as soon as one has left
         raise Interrupted(
-            f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in "
-            f"{saver.interrupted(trainer.state)}, go on with --resume auto"
+            f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {folder}, "
+            "go on with --resume auto"
         )
     show_result(saver.written)
     return trained

@@ -80,42 +80,35 @@ class Trainer:
 
     def run(self, batches: Iterator[Batch]) -> bool:
         """Train to the last step. False when a signal ended it early; the caller then saves the state."""
-        self._tell(lambda listener: listener.on_start(self.state))
+        self._tell(lambda listener, state: listener.on_start(state))
         self.network.on_epoch_start()
         while self.state.step < self.limits.total_steps:
             report, stop = self.optimizer_step(batches)
-            self._tell(lambda listener, report=report: listener.on_step(self.state, report))  # type: ignore[misc]
-            if (
-                self.state.step % self.state.steps_per_epoch == 0
-                or self.state.step == self.limits.total_steps
-            ):
-                epoch = math.ceil(self.state.step / self.state.steps_per_epoch)
-                self._tell(lambda listener, epoch=epoch: listener.on_epoch(self.state, epoch))  # type: ignore[misc]
-                self.network.on_epoch_start()
+            self._after_step(report)
             if stop and self.state.step < self.limits.total_steps:
                 return False
-        self._tell(lambda listener: listener.on_end(self.state))
+        self._tell(lambda listener, state: listener.on_end(state))
         return True
 
     def optimizer_step(self, batches: Iterator[Batch]) -> tuple[StepReport, bool]:
         """Micro-steps, clip, update. Returns the report and whether any rank was asked to stop."""
         start = time.perf_counter()
-        total = torch.zeros(3, dtype=torch.float64, device=self.backend.world.device)  # loss, samples, stop
+        total = torch.zeros(3, device=self.backend.world.device)  # loss, samples, wish to stop
         for micro_step in range(self.limits.micro_steps):
             batch = next(batches)
             with self.backend.accumulate(last=micro_step == self.limits.micro_steps - 1):
                 total[0] += self.micro_step(batch)
             total[1] += int((batch.shares > 0).sum())
         total[2] = float(self.should_stop())
-        grad_norm = self.backend.clip_grad_norm(
+        grad_norm = self.backend.stepper.clip(
             self.optimizer.optimizer, self.parameters, self.limits.max_grad_norm
         )
         self.network.on_gradients()
         loss, samples, stop = self.backend.sum(total).tolist()  # the step's one wait for the device
-        self._check_finite(loss)
+        self._check_finite(loss, float(grad_norm))
         adapted = {f"d*lr/{name}": rate for name, rate in self.optimizer.adapted_rates().items()}
         rates = {**self.optimizer.learning_rates(), **adapted}
-        stepped = self.backend.step(self.optimizer.optimizer)
+        stepped = self.backend.stepper.step(self.optimizer.optimizer)
         if stepped:
             self.schedule.step(loss)
         self.optimizer.optimizer.zero_grad(set_to_none=True)
@@ -132,21 +125,29 @@ class Trainer:
         self.network.on_step_start()
         inputs = self.adapter.inputs(batch)
         draw = self.objective.draw(inputs.latents, batch.visits, seed=self.state.seed)
-        prediction = self.module(
-            draw.x_t, draw.t, inputs.cond
-        )  # [B, 16, h, w]; all that is trained is used here
+        # The one use of all that is trained.
+        prediction = self.module(draw.x_t, draw.t, inputs.cond)  # [B, 16, h, w]
         loss_B = self.objective.loss(prediction, draw, inputs.mask)  # [B]
         loss = (loss_B * inputs.sample_weights).sum()
         self.backend.backward(loss)
         return loss.detach()
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _after_step(self, report: StepReport) -> None:
+        self._tell(lambda listener, state: listener.on_step(state, report))
+        step, steps_per_epoch = self.state.step, self.state.steps_per_epoch
+        if step % steps_per_epoch == 0 or step == self.limits.total_steps:
+            self._tell(lambda listener, state: listener.on_epoch(state, math.ceil(step / steps_per_epoch)))
+            self.network.on_epoch_start()
+
+    def _check_finite(self, loss: float, grad_norm: float) -> None:
+        # Under fp16 a gradient may overflow: the stepper then skips the update and lowers its scale.
+        scaled = bool(self.backend.stepper.state())
+        if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
             raise TrainingDiverged(
-                f"step {self.state.step + 1}: the loss is {loss}, so training stopped before this update; "
-                'lower the learning rate, or use mixed_precision = "bf16" instead of "fp16"'
+                f"step {self.state.step + 1}: the loss is {loss} and the gradient norm {grad_norm}, so training "
+                'stopped before this update; lower the learning rate, or use mixed_precision = "bf16" or "no"'
             )
 
-    def _tell(self, call: Callable[[Listener], TrainState]) -> None:
+    def _tell(self, event: Callable[[Listener, TrainState], TrainState]) -> None:
         for listener in self.listeners:
-            self.state = call(listener)
+            self.state = event(listener, self.state)

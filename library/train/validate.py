@@ -51,7 +51,7 @@ class Validator:
     def loss(self) -> float:
         """Mean over validation samples and timesteps; the same on every rank."""
         self._module.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self._backend.world.device)
+        total = torch.zeros(2, device=self._backend.world.device)
         for batch in self._batches():
             inputs = self._adapter.inputs(batch)
             real = (batch.shares > 0).to(total.device)

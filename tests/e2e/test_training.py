@@ -92,6 +92,28 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path, pictures: Pa
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_finished_run_has_nothing_left_to_do(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(tmp_path / "c.toml", pictures, tmp_path / "out", save_state_on_train_end=True)
+    assert main(["--config_file", str(config)]) == 0
+    assert main(["--config_file", str(config), "--resume", "auto"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    # A longer run goes on from there.
+    assert main(["--config_file", str(config), "--resume", "auto", "--max_train_epochs", "3"]) == 0
+    with safe_open(tmp_path / "out" / "out.safetensors", framework="pt") as file:
+        assert file.metadata()["ss_epoch"] == "3"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = {"optimizer_type": "SGD", "learning_rate": 1e30, "max_grad_norm": 0.0}
+    config = write_config(tmp_path / "c.toml", pictures, tmp_path / "out", **options)
+    assert main(["--config_file", str(config)]) == 3
+    assert "stopped before this update" in capsys.readouterr().err
+
+
 def test_a_signal_saves_the_state_and_says_how_to_go_on(tmp_path: Path, pictures: Path):
     config = write_config(tmp_path / "c.toml", pictures, tmp_path / "out", max_train_epochs=200)
     assert run_until(config, "step 1/", signal.SIGTERM) == 4
@@ -187,6 +209,7 @@ def test_help_answers_at_once():
             "network_args": ["train_t5xxl=True"], "gradient_checkpointing": True,
         },
         {"mixed_precision": "bf16", "fp8_base": True, "gradient_checkpointing": True, "full_bf16": True},
+        {"torch_compile": True, "dynamo_backend": "aot_eager", "gradient_checkpointing": True},
         {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=4"]},
         {"optimizer_type": "AdamWScheduleFree", "sample_at_first": True, "sample_prompts": "w --w 64 --h 64"},
         {"optimizer_type": "Prodigy", "learning_rate": 1.0, "gradient_accumulation_steps": 3},
