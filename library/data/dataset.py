@@ -8,6 +8,7 @@ Encoding is not done here.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -296,10 +297,18 @@ def load_batches(
             sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_main_process,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(data.seed),  # else it draws from the global generator
         )
     )
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: workers go on until the main process has done its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -73,17 +73,20 @@ def run(config: Path, *arguments: str, processes: int = 1, code: int = 0) -> sub
 
 
 def run_until(config: Path, sign: str, number: signal.Signals, *arguments: str) -> int:
-    """Start a run and send it a signal as soon as a line of its output holds `sign`. Returns the exit code."""
+    """Start a run and signal it, as a terminal does with all its processes, when a line holds `sign`.
+
+    Returns the exit code.
+    """
     process = subprocess.Popen(
         command(config, *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
+        start_new_session=True, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     assert process.stdout is not None
     seen = ""
     for line in process.stdout:
         seen += line
         if sign in line:
-            process.send_signal(number)
+            os.killpg(process.pid, number)
             break
     seen += process.stdout.read()
     code = process.wait(timeout=120)

@@ -114,9 +114,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert "stopped before this update" in capsys.readouterr().err
 
 
-def test_a_signal_saves_the_state_and_says_how_to_go_on(tmp_path: Path, pictures: Path):
-    config = write_config(tmp_path / "c.toml", pictures, tmp_path / "out", max_train_epochs=200)
-    assert run_until(config, "step 1/", signal.SIGTERM) == 4
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
+def test_a_signal_saves_the_state_and_says_how_to_go_on(
+    tmp_path: Path, pictures: Path, number: signal.Signals, workers: int
+):
+    config = write_config(
+        tmp_path / "c.toml",
+        pictures,
+        tmp_path / "out",
+        max_train_epochs=200,
+        max_data_loader_n_workers=workers,
+    )
+    assert run_until(config, "step 1/", number) == 4
     (state,) = (tmp_path / "out").glob("out-step*-state")
     done = json.loads((state / "train_state.json").read_text())["step"]
     assert state.name == f"out-step{done:08d}-state"
