@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_own_library()
         loaded = load_config(sys.argv[1:] if arguments is None else arguments)
+        # CPU threads that wait by spinning starve each other as soon as another process wants a core (a step took
+        # four times as long); a short spin is as fast on a quiet machine. Read by OpenMP when torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         # torch takes seconds to import: --help, a wrong option and a missing file answer without it.
         from library.train.setup import run  # noqa: PLC0415
 
