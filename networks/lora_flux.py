@@ -74,6 +74,11 @@ def create_network(
     )
 
 
+def check_arguments(arguments: Mapping[str, object]) -> None:
+    """Raise `NetworkPluginError` for network_args that no model could make right."""
+    parse(arguments)
+
+
 def create_network_from_weights(
     multiplier: float,
     file: str | Path | None,

@@ -53,6 +53,7 @@ class Plugin:
 
     name: str
     create_network: Callable[..., Any]
+    check_arguments: Callable[[Mapping[str, object]], None] | None  # optional: of network_args alone
     create_network_from_weights: Callable[..., Any]
 
     @property
@@ -83,7 +84,16 @@ def load_plugin(name: str | None) -> Plugin:
         name=name,
         create_network=module.create_network,
         create_network_from_weights=module.create_network_from_weights,
+        check_arguments=getattr(module, "check_arguments", None),
     )
+
+
+def check(config: NetworkConfig) -> None:
+    """Raise what can be known to be wrong before any model is there: the module, its functions, network_args."""
+    plugin = load_plugin(config.network_module)
+    arguments = network_arguments(config, plugin)
+    if plugin.check_arguments is not None:
+        plugin.check_arguments(arguments)
 
 
 def _import_sentence(name: str, error: ModuleNotFoundError) -> str:

@@ -27,8 +27,8 @@ from library.train.loading import ModelLoader
 from library.train.prepare import Data
 from library.train.resume import Resumable
 from library.train.state import TrainState
+from networks import plugins
 from networks.interface import NetworkHandle, create, merge_base_weights
-from networks.plugins import load_plugin
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class Trained:
 
 
 def check_parts(config: TrainConfig) -> None:
-    """Import the network module and the optimizer, so that a wrong name is said before anything is loaded."""
-    load_plugin(config.network.network_module)
+    """Look at network module, network_args and optimizer, so that what is wrong is said before anything is loaded."""
+    plugins.check(config.network)
     factory.check(config.optimizer)
 
 

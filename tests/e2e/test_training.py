@@ -158,8 +158,10 @@ def test_what_cannot_be_used_is_one_sentence(
     config = write_config(tmp_path / "c.toml", pictures, tmp_path / "out", **filled)
     capsys.readouterr()
     assert main(["--config_file", str(config)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
     assert said in line
+    assert "to encode" not in printed, "said before anything large is read"
     assert not (tmp_path / "out").exists()
 
 
