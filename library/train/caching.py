@@ -33,7 +33,7 @@ from library.train.prepare import Data
 
 logger = logging.getLogger(__name__)
 
-KEEP_ON_CPU_BATCH = 16  # captions encoded at once when no batch size is given
+CAPTION_BATCH = 16  # captions encoded at once when no batch size is given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,7 @@ class CachingPhase:
             with self._progress("caching latents") as report:
                 options = replace(options, progress=report)
                 build_latents(work, store, encode, encoder=encoder, options=options)
+            del encode  # and the autoencoder with it
             free_memory()
         self.backend.wait("latents cached")
         return _reading(data, lambda source: replace(source, latents=store))
@@ -75,7 +76,7 @@ class CachingPhase:
             t5_length=self.loader.t5_length,
             apply_t5_attn_mask=config.model.apply_t5_attn_mask,
         )
-        batch_size = config.caching.text_encoder_batch_size or KEEP_ON_CPU_BATCH
+        batch_size = config.caching.text_encoder_batch_size or CAPTION_BATCH
         options = self._options(config.caching.cache_text_encoder_outputs_to_disk, batch_size)
         work = survey_text(needs if cached else (), text_options=text_options, options=options)
         if cached:
