@@ -86,9 +86,11 @@ def test_the_empty_name_is_adamw():
         ("adan", "did you mean .*Adam"),
         ("Automagic_Sinkgd", "known are .*Adafactor.*module.Class"),
         ("torch.optim.Adamw", "has no class Adamw; did you mean AdamW"),
+        ("LBFGS", "evaluates the loss several times a step"),
+        ("..Adam", "is not of the form module.Class"),
     ],
 )
-def test_unknown_names_bring_the_nearest(name, sentence):
+def test_names_that_cannot_be_used_are_refused_with_what_to_do(name, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build(_config(name), groups(network()))
 
