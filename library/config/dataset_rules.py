@@ -19,10 +19,12 @@ def check(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Not
         sizes_fit(dataset, place)
         has_training_images(dataset, place)
         batches_fill(config, dataset, place)
+        faces_can_be_cropped(config, dataset, place, notices)
     for place, subset in _subsets(datasets):
         latents_can_be_cached(config, subset, place)
         text_can_be_cached(config, subset, place, notices)
         masks_fit(subset, place)
+        attributes_are_known(subset, place, notices)
     masks_are_there(config, datasets, notices)
 
 
@@ -99,6 +101,24 @@ def text_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: str, 
     if subset.enable_wildcard:
         notices.advice.append(
             f"{place}: enable_wildcard picks once for each image, as the text encoder outputs are cached"
+        )
+
+
+def faces_can_be_cropped(config: TrainConfig, dataset: DatasetSettings, place: str, notices: Notices) -> None:
+    """Crops around faces are cut from whole pictures only, as in Kohya."""
+    if not any(subset.face_crop_aug_range for subset in dataset.subsets):
+        return
+    rivals = {"enable_bucket": dataset.enable_bucket, "cache_latents": config.caching.cache_latents}
+    for name, on in rivals.items():
+        if on:
+            notices.remarks.append(f"{place}: face_crop_aug_range has no effect with {name}")
+
+
+def attributes_are_known(subset: SubsetSettings, place: str, notices: Notices) -> None:
+    """Kohya reads one of them, diff_output_preservation."""
+    if subset.custom_attributes:
+        notices.remarks.append(
+            f"{place}: custom_attributes have no effect in this version: {', '.join(subset.custom_attributes)}"
         )
 
 
