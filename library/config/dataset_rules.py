@@ -26,6 +26,7 @@ def check(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Not
         masks_fit(subset, place)
         attributes_are_known(subset, place, notices)
     masks_are_there(config, datasets, notices)
+    validation_has_images(config, datasets, notices)
 
 
 def sizes_fit(dataset: DatasetSettings, place: str) -> None:
@@ -134,6 +135,16 @@ def masks_are_there(config: TrainConfig, datasets: Sequence[DatasetSettings], no
     if config.dataset.masked_loss and not any(s.conditioning_data_dir or s.alpha_mask for s in subsets):
         notices.remarks.append(
             "masked_loss has no effect: no subset has conditioning_data_dir (in dataset_config) or alpha_mask"
+        )
+
+
+def validation_has_images(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Notices) -> None:
+    """Images are held back by validation_split only."""
+    names = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+    given = [name for name in names if config.value(name) is not None]
+    if given and not any(subset.validation_split > 0 for _, subset in _subsets(datasets)):
+        notices.remarks.append(
+            f"without validation_split nothing is validated, so ignored: {', '.join(given)}"
         )
 
 

@@ -282,6 +282,16 @@ def test_dataset_keys_that_do_nothing_are_named(resolve, own, options, remarks):
     assert all(said.endswith(wanted) for said, wanted in zip(notices.remarks, remarks, strict=True))
 
 
+def test_validation_without_images_is_named(resolve):
+    notices = Notices()
+    resolve(dataset("", "validation_split = 0.2"), notices=notices, validate_every_n_steps=5)
+    assert notices.remarks == []
+    resolve(dataset(), notices=notices, validate_every_n_steps=5)
+    assert notices.remarks == [
+        "without validation_split nothing is validated, so ignored: validate_every_n_steps"
+    ]
+
+
 def test_sizes_without_buckets_are_multiples_of_16(resolve):
     with pytest.raises(ConfigError, match="resolution 520x512 must be a multiple of 16"):
         resolve(dataset().replace("resolution = 512", "resolution = [520, 512]"))
