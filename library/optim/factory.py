@@ -185,9 +185,12 @@ def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOpt
     return built
 
 
-def check(config: OptimizerConfig) -> None:
-    """Raise what `build` would raise for a wrong name, package or argument, before anything is loaded."""
-    _resolve(config)
+def check(config: OptimizerConfig) -> tuple[str, ...]:
+    """Raise what `build` would raise for a wrong name, package or argument, before anything is loaded.
+
+    Returns how the name and the arguments are read where that is not plain, for a dry run to say.
+    """
+    return _resolve(config)[2].notices
 
 
 def _resolve(config: OptimizerConfig) -> tuple[Recipe, type, Arguments]:
