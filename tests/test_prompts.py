@@ -117,13 +117,15 @@ def test_a_good_line_is_not_commented():
     [
         ("missing.txt", None, "there is no such file"),
         ("empty.txt", "# nothing\n", "there is no prompt in it"),
-        ("bad.json", "[", "cannot be read as .json"),
+        ("bad.json", "[", "this is not JSON"),
         ("object.json", '{"prompt": "a"}', "list of texts or objects"),
         ("type.json", '[{"prompt": "a", "seed": "42"}]', "seed = '42' is not of type int"),
         ("bool.json", '[{"prompt": "a", "width": true}]', "width = True is not of type int"),
         ("none.json", '[{"seed": 1}]', 'entry 1 has no "prompt"'),
-        ("bad.toml", "[prompt", "cannot be read as .toml"),
+        ("bad.toml", "[prompt", "line 1, column 1: this is not TOML"),
         ("table.toml", 'prompt = "a"\n', r"needs a \[prompt\] table"),
+        ("subset.toml", '[prompt]\n[prompt.subset]\nprompt = "a"\n', r"\[\[prompt.subset\]\] entries"),
+        ("seed.txt", "a --d 99999999999999999999", "seed of entry 1 is not in 0..9223372036854775807"),
         ("prompts.yaml", "a\n", "ends in .txt, .toml, .json"),
     ],
 )
@@ -136,7 +138,7 @@ def test_unusable_files_are_refused_in_a_sentence(tmp_path, name, content, sente
 
 def test_unreadable_bytes_are_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Käfer".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"cannot be read as .txt"):
+    with pytest.raises(ConfigError, match="byte 1 is not UTF-8"):
         load_prompts(tmp_path / "latin.txt")
 
 

@@ -21,11 +21,10 @@ from library import randomness
 from library.cache import npz
 from library.cache.latents import Entry
 from library.data import captions
-from library.data.dataset import TrainingData
+from library.data.dataset import TrainingData, cached_caption
 from library.data.readers import CachedText
 from library.data.records import ImageRecord
 from library.errors import DatasetError
-from library.randomness import Visit
 
 NAMES = ("l_pooled", "t5_out", "txt_ids", "t5_attn_mask", "apply_t5_attn_mask")
 EMPTY_NAME = "empty-caption"
@@ -87,14 +86,6 @@ class TextStore:
 def text_path(base: Path) -> Path:
     """`<image path without extension>_flux_te.npz`."""
     return base.with_name(base.name + "_flux_te.npz")
-
-
-def cached_caption(data: TrainingData, record: ImageRecord) -> str:
-    """The one caption of a record that is encoded and kept; wildcards are decided alike whatever the run's
-    seed.
-    """
-    generator = randomness.generator(0, Visit(record.key, 0), "cached caption")
-    return captions.fixed_caption(record.caption, data.subset(record), generator)
 
 
 def text_needs(*sources: TrainingData) -> tuple[tuple[TextNeed, ...], TextStore]:

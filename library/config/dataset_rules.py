@@ -19,11 +19,14 @@ def check(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Not
         sizes_fit(dataset, place)
         has_training_images(dataset, place)
         batches_fill(config, dataset, place)
+        faces_can_be_cropped(config, dataset, place, notices)
     for place, subset in _subsets(datasets):
         latents_can_be_cached(config, subset, place)
         text_can_be_cached(config, subset, place, notices)
         masks_fit(subset, place)
+        attributes_are_known(subset, place, notices)
     masks_are_there(config, datasets, notices)
+    validation_has_images(config, datasets, notices)
 
 
 def sizes_fit(dataset: DatasetSettings, place: str) -> None:
@@ -102,6 +105,24 @@ def text_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: str, 
         )
 
 
+def faces_can_be_cropped(config: TrainConfig, dataset: DatasetSettings, place: str, notices: Notices) -> None:
+    """Crops around faces are cut from whole pictures only, as in Kohya."""
+    if not any(subset.face_crop_aug_range for subset in dataset.subsets):
+        return
+    rivals = {"enable_bucket": dataset.enable_bucket, "cache_latents": config.caching.cache_latents}
+    for name, on in rivals.items():
+        if on:
+            notices.remarks.append(f"{place}: face_crop_aug_range has no effect with {name}")
+
+
+def attributes_are_known(subset: SubsetSettings, place: str, notices: Notices) -> None:
+    """Kohya reads one of them, diff_output_preservation."""
+    if subset.custom_attributes:
+        notices.remarks.append(
+            f"{place}: custom_attributes have no effect in this version: {', '.join(subset.custom_attributes)}"
+        )
+
+
 def masks_fit(subset: SubsetSettings, place: str) -> None:
     """Masks are not cropped at random with their images."""
     if subset.conditioning_data_dir is not None and subset.random_crop:
@@ -114,6 +135,16 @@ def masks_are_there(config: TrainConfig, datasets: Sequence[DatasetSettings], no
     if config.dataset.masked_loss and not any(s.conditioning_data_dir or s.alpha_mask for s in subsets):
         notices.remarks.append(
             "masked_loss has no effect: no subset has conditioning_data_dir (in dataset_config) or alpha_mask"
+        )
+
+
+def validation_has_images(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Notices) -> None:
+    """Images are held back by validation_split only."""
+    names = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+    given = [name for name in names if config.value(name) is not None]
+    if given and not any(subset.validation_split > 0 for _, subset in _subsets(datasets)):
+        notices.remarks.append(
+            f"without validation_split nothing is validated, so ignored: {', '.join(given)}"
         )
 
 

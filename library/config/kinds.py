@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 # Prompts for sample images: the path of a prompt file, or the prompts themselves, one a line.
 PromptText = str
@@ -134,7 +133,7 @@ def to_floats(raw: object) -> tuple[float, ...]:
 def to_table(raw: object) -> Mapping[str, object]:
     """A table of free form."""
     if isinstance(raw, dict):
-        return MappingProxyType(dict(raw))
+        return dict(raw)  # plain, as it travels to worker processes
     raise ValueError("is not a table")
 
 

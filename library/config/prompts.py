@@ -11,15 +11,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-import toml
-
+from library.config.toml_file import parse_toml, read_text
 from library.errors import ConfigError
 
 MIN_SIDE = 64  # pixels
 SIDE_STEP = 16  # pixels: a transformer token is 16 pixels wide
 MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
 DEFAULT_GUIDANCE = 3.5
 
 
@@ -112,11 +112,7 @@ def load_prompts(source: str | Path | Sequence[str]) -> LoadedPrompts:
         raise ConfigError(f"sample_prompts {path}: a prompt file ends in {', '.join(_READERS)}")
     if not _is_file(path):
         raise ConfigError(f"sample_prompts {path}: there is no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        return _collect(reader(text), str(path))
-    except (UnicodeDecodeError, toml.TomlDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"sample_prompts {path} cannot be read as {path.suffix}: {error}") from error
+    return _collect(reader(read_text(path), path), str(path))
 
 
 def _is_file(path: Path) -> bool:
@@ -181,29 +177,37 @@ def _apply_flag(part: str, entry: Entry) -> bool:
     return False
 
 
-def _from_txt(text: str) -> list[Entry]:
+def _from_txt(text: str, _path: Path) -> list[Entry]:
     return [_from_line(line) for line in _lines(text)]
 
 
-def _from_toml(text: str) -> list[Entry]:
+def _from_toml(text: str, path: Path) -> list[Entry]:
     """[prompt] holds what the [[prompt.subset]] entries share; an entry's own value wins."""
-    common = toml.loads(text).get("prompt")
-    if not isinstance(common, dict):
+    common = parse_toml(text, path).get("prompt")
+    subsets = common.get("subset", [{}]) if isinstance(common, dict) else None
+    if not isinstance(common, dict) or not _all_tables(subsets):
         raise ConfigError(
-            "sample_prompts: a .toml prompt file needs a [prompt] table, with [[prompt.subset]] entries"
+            f"sample_prompts {path}: a .toml prompt file needs a [prompt] table, with [[prompt.subset]] entries"
         )
     shared = {key: value for key, value in common.items() if key != "subset"}
-    return [_from_table({**shared, **subset}) for subset in common.get("subset", [{}])]
+    return [_from_table({**shared, **subset}) for subset in subsets]
 
 
-def _from_json(text: str) -> list[Entry]:
-    entries = json.loads(text)
+def _all_tables(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+
+
+def _from_json(text: str, path: Path) -> list[Entry]:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"sample_prompts {path}: this is not JSON ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(one, (str, dict)) for one in entries):
-        raise ConfigError("sample_prompts: a .json prompt file is a list of texts or objects")
+        raise ConfigError(f"sample_prompts {path}: a .json prompt file is a list of texts or objects")
     return [_from_line(one.strip()) if isinstance(one, str) else _from_table(one) for one in entries]
 
 
-_READERS: Mapping[str, Callable[[str], list[Entry]]] = {
+_READERS: Mapping[str, Callable[[str, Path], list[Entry]]] = {
     ".txt": _from_txt,
     ".toml": _from_toml,
     ".json": _from_json,
@@ -248,6 +252,8 @@ def _collect(entries: Sequence[Entry], where: str) -> LoadedPrompts:
     for number, entry in enumerate(entries, start=1):
         if "prompt" not in entry.values:
             raise ConfigError(f'sample_prompts {where}: entry {number} has no "prompt"')
+        if not 0 <= int(entry.values.get("seed", 0)) <= MAX_SEED:
+            raise ConfigError(f"sample_prompts {where}: the seed of entry {number} is not in 0..{MAX_SEED}")
     return LoadedPrompts(
         prompts=tuple(_finish(index, entry.values) for index, entry in enumerate(entries)),
         notices=tuple(

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.config.names import suggestion
 from library.config.notices import Notices
 from library.config.options import COMMAND_LINE
+from library.config.sections.schedule import LR_SCHEDULERS
 from library.config.train_config import OPTIONS, TrainConfig
 from library.errors import ConfigError
 
@@ -23,6 +25,7 @@ OTHER_MODULES = {
     "networks.lora_sd3": "Stable Diffusion 3",
     "networks.lora_lumina": "Lumina",
 }
+GONE_BACKENDS = ("aot_ts_nvfuser", "nvprims_nvfuser", "ofi", "fx2trt", "tensort")
 PROMPT_FILES = (".txt", ".toml", ".json")
 ADAPTIVE_OPTIMIZERS = ("prodigy", "dadapt")  # they find the rate themselves; learning_rate is a factor near 1
 
@@ -129,6 +132,15 @@ def constant_schedule_has_no_warmup(context: Context) -> None:
         )
 
 
+def schedule_is_known(context: Context) -> None:
+    """Said here, as the schedule is made after the models are loaded. `adafactor:...` sets itself."""
+    schedule = context.config.schedule
+    name = schedule.lr_scheduler
+    if not schedule.lr_scheduler_type and name not in LR_SCHEDULERS and not name.startswith("adafactor"):
+        hint = suggestion(name, LR_SCHEDULERS) or "; known are " + ", ".join(LR_SCHEDULERS)
+        raise ConfigError(f"{context.said('lr_scheduler')} is not a known schedule{hint}")
+
+
 def huber_has_a_schedule(context: Context) -> None:
     """The default schedule `snr` needs the noise schedule of other model families."""
     objective = context.config.objective
@@ -217,13 +229,29 @@ def text_encoder_training_fits(context: Context) -> None:
         raise ConfigError(f"{context.said('text_encoder_lr')}: give one value, or two for CLIP-L and T5")
 
 
-def loader_fits(context: Context) -> None:
-    """Processes that do not exist cannot be kept."""
-    data = context.config.dataset
-    if data.persistent_data_loader_workers and data.max_data_loader_n_workers == 0:
+def timesteps_are_a_range(context: Context) -> None:
+    """The distribution is squeezed between the two."""
+    least, most = context.config.objective.min_timestep, context.config.objective.max_timestep
+    if least is not None and most is not None and least > most:
+        raise ConfigError(f"{context.said('min_timestep')} is above {context.said('max_timestep')}")
+
+
+def backend_exists(context: Context) -> None:
+    """Kohya's list of compilers is older than torch's."""
+    memory = context.config.memory
+    if memory.torch_compile and memory.dynamo_backend in GONE_BACKENDS:
+        raise ConfigError(
+            f"{context.said('dynamo_backend')} is no longer part of torch: use inductor, or leave it out"
+        )
+
+
+def start_is_given_once(context: Context) -> None:
+    """A saved state knows its step; initial_epoch and initial_step are for runs without one."""
+    ignored = [context.said(name) for name in ("initial_epoch", "initial_step") if context.given(name)]
+    if context.config.saving.resume is not None and ignored:
         context.notices.remarks.append(
-            f"{context.said('persistent_data_loader_workers')} has no effect with "
-            "max_data_loader_n_workers = 0"
+            f"the state that {context.said('resume')} finds decides the start, so ignored: "
+            + ", ".join(ignored)
         )
 
 
@@ -293,13 +321,16 @@ RULES = (
     data_has_one_source,
     named_files_exist,
     constant_schedule_has_no_warmup,
+    schedule_is_known,
     huber_has_a_schedule,
     precision_fits,
     length_is_given_once,
     batch_is_given_once,
     network_parts_fit,
     text_encoder_training_fits,
-    loader_fits,
+    timesteps_are_a_range,
+    backend_exists,
+    start_is_given_once,
     samples_have_prompts,
     defaults_suit_flux,
     learning_rate_is_meant,

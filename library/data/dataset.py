@@ -203,23 +203,34 @@ def _mask_picture(data: TrainingData, record: ImageRecord, framing: Framing) -> 
     return images.mask_tensor(images.render(red, framing, data.interpolation(record)))
 
 
+def cached_caption(data: TrainingData, record: ImageRecord) -> str:
+    """The one caption of a record that is encoded and kept; wildcards are decided alike whatever the run's
+    seed.
+    """
+    generator = randomness.generator(0, Visit(record.key, 0), "cached caption")
+    return captions.fixed_caption(record.caption, data.subset(record), generator)
+
+
 def _read_caption(data: TrainingData, sample: Sample, micro: MicroBatch) -> tuple[str, CachedText | None]:
-    """The processed caption, and its cached outputs; both are dropped in the same visits."""
+    """The processed caption, or the one whose outputs are cached, and these; an encoder that runs all the same
+    gets what the cached one got.
+    """
     record = data.records[sample.record]
     subset = data.subset(record)
-    visit = Visit(record.key, sample.visit)
+    generator = randomness.generator(data.seed, Visit(record.key, sample.visit), "caption")
+    epoch = micro.epoch + 1
+    if data.text is not None:
+        dropped = captions.dropped(subset, generator, epoch=epoch)
+        return "" if dropped else cached_caption(data, record), data.text.read(record, dropped=dropped)
     caption = captions.process_caption(
         record.caption,
         subset,
-        randomness.generator(data.seed, visit, "caption"),
+        generator,
         step=micro.step,
         max_train_steps=data.max_train_steps,
-        epoch=micro.epoch + 1,
+        epoch=epoch,
     )
-    if data.text is None:
-        return caption, None
-    again = randomness.generator(data.seed, visit, "caption")
-    return caption, data.text.read(record, dropped=captions.dropped(subset, again, epoch=micro.epoch + 1))
+    return caption, None
 
 
 def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
@@ -299,7 +310,8 @@ def load_batches(
             collate_fn=_as_it_is,
             worker_init_fn=_leave_signals_to_the_main_process,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(data.seed),  # else it draws from the global generator
+            # else it draws from the global generator
+            generator=torch.Generator().manual_seed(randomness.integer(data.seed, "loader")),
         )
     )
 

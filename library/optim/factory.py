@@ -86,6 +86,11 @@ RECIPES: Mapping[str, Recipe] = {
     "CAME": Recipe("pytorch_optimizer", "CAME"),
 }
 
+# Classes of torch.optim that fail at the first step
+UNUSABLE: Mapping[str, str] = {
+    "lbfgs": "evaluates the loss several times a step, which training here does once",
+    "sparseadam": "takes sparse gradients only, which no adapter has",
+}
 # Names of other trainers and of packages, seen in configs, whose meaning is plain
 ALIASES: Mapping[str, str] = {"prodigyopt": "Prodigy", "adamw_torch": "AdamW", "adamw_torch_fused": "AdamW"}
 
@@ -180,9 +185,12 @@ def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOpt
     return built
 
 
-def check(config: OptimizerConfig) -> None:
-    """Raise what `build` would raise for a wrong name, package or argument, before anything is loaded."""
-    _resolve(config)
+def check(config: OptimizerConfig) -> tuple[str, ...]:
+    """Raise what `build` would raise for a wrong name, package or argument, before anything is loaded.
+
+    Returns how the name and the arguments are read where that is not plain, for a dry run to say.
+    """
+    return _resolve(config)[2].notices
 
 
 def _resolve(config: OptimizerConfig) -> tuple[Recipe, type, Arguments]:
@@ -212,7 +220,11 @@ def _choose(config: OptimizerConfig) -> tuple[Recipe, tuple[str, ...]]:
     module, dot, class_name = name.rpartition(".")
     if dot:
         return Recipe(module, class_name), ()
-    in_torch = {one.lower(): one for one in classes_of("torch.optim") if one != "Optimizer"}
+    if name.lower() in UNUSABLE:
+        raise ConfigError(f"optimizer_type = {name} {UNUSABLE[name.lower()]}; AdamW is the usual choice")
+    in_torch = {
+        one.lower(): one for one in classes_of("torch.optim") if one.lower() not in {"optimizer", *UNUSABLE}
+    }
     if name.lower() not in in_torch:
         raise ConfigError(
             f"optimizer_type = {name} is not known; {nearest(name, {*RECIPES, *in_torch.values()})} "

@@ -87,6 +87,8 @@ def _read_value(written: str, where: str) -> tuple[object, str | None]:
 def import_class(module: str, name: str, *, option: str) -> type:
     """The class `name` of `module`; what is missing is named with the package to install."""
     top = module.partition(".")[0]
+    if not top:
+        raise ConfigError(f"{option}: {module}.{name} is not of the form module.Class")
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
@@ -103,9 +105,11 @@ def import_class(module: str, name: str, *, option: str) -> type:
 
 
 def classes_of(module: str) -> tuple[str, ...]:
-    """Names of the public classes of a module that can be imported."""
+    """Names of the public classes of an importable module, without those it has from other packages."""
+    package = module.partition(".")[0]
     members = inspect.getmembers(importlib.import_module(module), inspect.isclass)
-    return tuple(name for name, _ in members if not name.startswith("_"))
+    own = [name for name, kind in members if kind.__module__.partition(".")[0] == package]
+    return tuple(name for name in own if not name.startswith("_"))
 
 
 def check_arguments(

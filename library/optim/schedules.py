@@ -112,6 +112,8 @@ NAMED: Mapping[str, Named] = {
     "piecewise_constant": Named(multipliers.piecewise_constant, _nothing, ("step_rules",)),
 }
 PLATEAU = "reduce_lr_on_plateau"
+# Further arguments that are numbers; min_lr_rate and timescale may be None, which is "not given".
+NUMBERS = frozenset({"num_cycles", "power", "lr_end", "min_lr", "min_lr_ratio"})
 WITHOUT_WARMUP = ("constant", "piecewise_constant", PLATEAU)
 
 
@@ -203,7 +205,17 @@ def build(config: ScheduleConfig, optimizer: BuiltOptimizer, *, base_lr: float, 
         scheduler = _foreign(name, parsed.values, optimizer.optimizer)
     else:
         scheduler = LambdaLR(optimizer.optimizer, _multiplier(name, run, parsed.values))
-    return Schedule(scheduler, optimizer.optimizer, name, parsed.notices)
+    return Schedule(scheduler, optimizer.optimizer, name, (*parsed.notices, *_too_long(run)))
+
+
+def _too_long(run: Run) -> tuple[str, ...]:
+    """A notice when warm-up and decay do not fit into the run, which both programs accept."""
+    if run.warmup + run.decay <= run.total:
+        return ()
+    return (
+        f"lr_warmup_steps ({run.warmup}) and lr_decay_steps ({run.decay}) are more than the {run.total} steps "
+        "of the run, so the full learning rate is not reached or not kept",
+    )
 
 
 def _without(run: Run, optimizer: BuiltOptimizer) -> Schedule:
@@ -272,14 +284,27 @@ def _multiplier(name: str, run: Run, given: Mapping[str, object]) -> Callable[[i
 
 def _settle(name: str, values: Values, run: Run) -> Values:
     """Turn absolute rates into factors, and texts into values."""
+    for key in NUMBERS & values.keys():
+        if not isinstance(values[key], (int, float)):
+            raise ConfigError(f"lr_scheduler_args: {key}={values[key]} is not a number")
     if name == "warmup_stable_decay":
         multipliers.check_shapes(
             **{key: str(values[key]) for key in ("warmup_type", "decay_type") if key in values}
         )
     if "min_lr" in values:
-        values["min_lr_rate"] = cast(float, values.pop("min_lr")) / run.base_lr
+        values["min_lr_rate"] = _share(name, "min_lr", cast(float, values.pop("min_lr")), run.base_lr)
     if "lr_end" in values:
-        values["lr_end_rate"] = cast(float, values.pop("lr_end")) / run.base_lr
+        values["lr_end_rate"] = _share(name, "lr_end", cast(float, values.pop("lr_end")), run.base_lr)
     if "step_rules" in values:
         values["rules"], values["last"] = multipliers.read_step_rules(str(values.pop("step_rules")))
     return values
+
+
+def _share(name: str, key: str, rate: float, base_lr: float) -> float:
+    """An absolute rate as a factor on learning_rate, which must be the higher one."""
+    if rate >= base_lr:
+        raise ConfigError(
+            f"lr_scheduler {name} falls from learning_rate, {base_lr:g}, to {key}, {rate:g}: "
+            f"raise learning_rate above it, even where other rates are used, or lower {key} in lr_scheduler_args"
+        )
+    return rate / base_lr

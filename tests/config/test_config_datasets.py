@@ -256,6 +256,42 @@ def test_rules_over_datasets(resolve, own, options, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("own", "options", "remarks"),
+    [
+        ('face_crop_aug_range = "2,4"', {}, []),
+        (
+            'face_crop_aug_range = "2,4"',
+            {"enable_bucket": True, "cache_latents": True},
+            [
+                "dataset 1: face_crop_aug_range has no effect with enable_bucket",
+                "dataset 1: face_crop_aug_range has no effect with cache_latents",
+            ],
+        ),
+        (
+            "custom_attributes = {diff_output_preservation = true}",
+            {},
+            ["custom_attributes have no effect in this version: diff_output_preservation"],
+        ),
+    ],
+)
+def test_dataset_keys_that_do_nothing_are_named(resolve, own, options, remarks):
+    notices = Notices()
+    resolve(dataset("", own), notices=notices, **options)
+    assert len(notices.remarks) == len(remarks)
+    assert all(said.endswith(wanted) for said, wanted in zip(notices.remarks, remarks, strict=True))
+
+
+def test_validation_without_images_is_named(resolve):
+    notices = Notices()
+    resolve(dataset("", "validation_split = 0.2"), notices=notices, validate_every_n_steps=5)
+    assert notices.remarks == []
+    resolve(dataset(), notices=notices, validate_every_n_steps=5)
+    assert notices.remarks == [
+        "without validation_split nothing is validated, so ignored: validate_every_n_steps"
+    ]
+
+
 def test_sizes_without_buckets_are_multiples_of_16(resolve):
     with pytest.raises(ConfigError, match="resolution 520x512 must be a multiple of 16"):
         resolve(dataset().replace("resolution = 512", "resolution = [520, 512]"))

@@ -1,6 +1,7 @@
 """The table of options against Kohya's parser, and the pages made of it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,3 +198,18 @@ def test_reading_options_imports_nothing_heavy():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_every_used_option_is_read_somewhere(repository):
+    """An option that says it is used is named in code outside its declaration and its checks."""
+    declared = repository / "library/config/sections"
+    checks = {repository / "library/config" / name for name in ("rules.py", "dataset_rules.py", "foreign.py")}
+    files = [repository / "flux_train_network.py"]
+    files += [path for top in ("library", "networks") for path in (repository / top).rglob("*.py")]
+    code = "\n".join(
+        path.read_text() for path in files if path not in checks and not path.is_relative_to(declared)
+    )
+    words = set(re.findall(r"\w+", code))
+    known = {"log_with"}  # its only other value is refused; logging_dir alone turns TensorBoard on
+    unread = {name for name, row in OPTIONS.items() if row.row.effect.state == "used"} - words
+    assert unread == known & unread

@@ -55,6 +55,12 @@ def test_a_complete_config_has_nothing_to_say():
         ({"resume": "no/state"}, "resume (command line): no/state does not exist"),
         ({"network_weights": "no.safetensors"}, "no.safetensors does not exist"),
         ({"lr_warmup_steps": "10%"}, "use constant_with_warmup, or remove the warm-up"),
+        ({"lr_scheduler": "cosin"}, "is not a known schedule; did you mean 'cosine'?"),
+        (
+            {"min_timestep": "900", "max_timestep": "100"},
+            "--min_timestep 900 (command line) is above --max_timestep 100",
+        ),
+        ({"torch_compile": "", "dynamo_backend": "fx2trt"}, "is no longer part of torch: use inductor"),
         ({"loss_type": "huber"}, "set huber_schedule to exponential or constant"),
         ({"full_bf16": ""}, "needs mixed_precision bf16, not no"),
         ({"fp8_base": ""}, "set mixed_precision to bf16"),
@@ -107,8 +113,8 @@ def test_the_allowed_neighbours_of_refused_configs(changes):
             "decides the length, so ignored: --max_train_steps 9",
         ),
         (
-            {"persistent_data_loader_workers": "", "max_data_loader_n_workers": "0"},
-            "no effect with max_data_loader_n_workers = 0",
+            {"resume": "auto", "initial_epoch": "3"},
+            "--resume auto (command line) finds decides the start, so ignored: --initial_epoch 3",
         ),
         (
             {"in_json": "meta.json", "reg_data_dir": "reg"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from picture_files import write_picture
 from PIL import Image
 
+from library.config.dataset_keys import KEYS
 from library.config.dataset_settings import DatasetSettings, SubsetSettings
-from library.data.dataset import TrainingData, load_batches, place_records, read_batch
+from library.data.dataset import TrainingData, cached_caption, load_batches, place_records, read_batch
 from library.data.discover import discover
 from library.data.plan import MicroBatch, Plan, PlanSettings, Sample
 from library.data.readers import CachedLatents, CachedText
@@ -265,3 +267,24 @@ def test_batches_are_pinned_for_a_gpu(tmp_path):
     for batch in load_batches(data, plan_of(data)):
         pinned = (batch.latents, batch.mask, batch.shares, batch.loss_weights, batch.text.t5_hidden)
         assert all(tensor.is_pinned() for tensor in pinned)
+
+
+def test_an_encoder_that_runs_beside_cached_outputs_gets_their_caption(tmp_path):
+    """Wildcards are decided once for the cache, so a live CLIP-L must not see another choice each visit."""
+    data = make(tmp_path, caption_prefix="{a|b|c|d|e|f}", enable_wildcard=True)
+    assert len({single(data, 0, visit).captions for visit in range(9)}) > 1
+    data = replace(data, text=Stored())
+    assert {single(data, 0, visit).captions for visit in range(9)} == {
+        (cached_caption(data, data.records[0]),)
+    }
+
+
+def test_any_seed_will_do_for_workers(tmp_path):
+    data = make(tmp_path, seed=2**80)
+    assert len(next(iter(load_batches(data, plan_of(data)))).visits) > 0
+
+
+def test_data_can_be_sent_to_a_worker_that_is_not_forked(tmp_path):
+    attributes = KEYS["custom_attributes"].reader.read({"a": 1}, "dataset.toml")
+    data = make(tmp_path, custom_attributes=attributes)
+    assert pickle.loads(pickle.dumps(data)) == data

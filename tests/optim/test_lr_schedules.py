@@ -10,7 +10,7 @@ from diffusers.optimization import get_piecewise_constant_schedule
 from small_network import groups, network, train
 
 from library.config.sections.optimizer import OptimizerConfig
-from library.config.sections.schedule import ScheduleConfig
+from library.config.sections.schedule import LR_SCHEDULERS, ScheduleConfig
 from library.errors import ConfigError
 from library.optim.factory import BuiltOptimizer
 from library.optim.factory import build as build_optimizer
@@ -233,3 +233,39 @@ def test_groups_keep_their_ratio():
     train(module, optimizer.optimizer, range(1))
     schedule.step()
     assert optimizer.learning_rates() == pytest.approx({"first": 9e-4, "last": 9e-5})
+
+
+def test_the_names_checked_while_options_are_read_are_those_that_exist():
+    assert {*NAMED, PLATEAU} == set(LR_SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "base_lr", "sentence"),
+    [
+        ("polynomial", "power=2", 0.0, "raise learning_rate above it"),
+        ("polynomial", "lr_end=1e-3", 1e-4, "falls from learning_rate, 0.0001, to lr_end, 0.001"),
+        ("cosine_with_min_lr", "min_lr=1", 1.0, "to min_lr, 1"),
+        ("polynomial", "lr_end=big", 1.0, "lr_end=big is not a number"),
+        ("cosine", "num_cycles=many", 1.0, "num_cycles=many is not a number"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_a_sentence(name, argument, base_lr, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        build(_config(name, argument), _optimizer(), base_lr=base_lr, total_steps=10)
+
+
+def test_a_warm_up_longer_than_the_run_is_noticed():
+    def notices(warmup: int) -> tuple[str, ...]:
+        config = _config("cosine", lr_warmup_steps=warmup)
+        return build(config, _optimizer(), base_lr=1.0, total_steps=10).notices
+
+    assert notices(10) == ()
+    (notice,) = notices(11)
+    assert notice.startswith("lr_warmup_steps (11) and lr_decay_steps (0) are more than the 10 steps")
+
+
+def test_a_missing_class_is_answered_with_schedulers_only():
+    config = ScheduleConfig(lr_scheduler_type="Nope")
+    with pytest.raises(ConfigError, match="known are ChainedScheduler") as error:
+        build(config, _optimizer(), base_lr=1.0, total_steps=10)
+    assert "Counter" not in str(error.value)

@@ -6,7 +6,7 @@ from small_network import Group, groups, network, train
 
 from library.config.sections.optimizer import OptimizerConfig
 from library.errors import ConfigError, EnvironmentUnsupported
-from library.optim.factory import RECIPES, build
+from library.optim.factory import RECIPES, build, check
 
 # name in the config -> class it must be, learning rate
 CLASSES = {
@@ -86,9 +86,11 @@ def test_the_empty_name_is_adamw():
         ("adan", "did you mean .*Adam"),
         ("Automagic_Sinkgd", "known are .*Adafactor.*module.Class"),
         ("torch.optim.Adamw", "has no class Adamw; did you mean AdamW"),
+        ("LBFGS", "evaluates the loss several times a step"),
+        ("..Adam", "is not of the form module.Class"),
     ],
 )
-def test_unknown_names_bring_the_nearest(name, sentence):
+def test_names_that_cannot_be_used_are_refused_with_what_to_do(name, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build(_config(name), groups(network()))
 
@@ -223,3 +225,12 @@ def test_switching_is_nothing_for_other_optimizers():
     built.train()
     assert not built.is_schedule_free
     assert torch.equal(module[0].weight, before)
+
+
+def test_a_check_before_building_says_how_words_are_read_and_refuses_wrong_ones():
+    config = OptimizerConfig(optimizer_type="adamw_torch", optimizer_args=("weight_decay=0.1,",))
+    name, comma = check(config)
+    assert name == "optimizer_type = adamw_torch is read as AdamW"
+    assert "the comma at the end is ignored" in comma
+    with pytest.raises(ConfigError, match="has no argument weight"):
+        check(OptimizerConfig(optimizer_args=("weight=0.1",)))

@@ -22,7 +22,7 @@ class CachingConfig:
     )
     text_encoder_batch_size: int | None = option(
         None,
-        "captions encoded at once; unset is train_batch_size",
+        "captions encoded at once; unset is 16",
         limit=Limit(ge=1, unit="captions"),
         unset=(0,),
     )

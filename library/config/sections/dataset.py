@@ -88,7 +88,11 @@ class DatasetConfig:
         "processes that prepare batches; 0 is the training process itself",
         limit=Limit(ge=0, unit="processes"),
     )
-    persistent_data_loader_workers: bool = option(False, "keep these processes between epochs")
+    persistent_data_loader_workers: bool = option(
+        False,
+        "keep these processes between epochs",
+        effect=no_effect("they always live as long as the run", quiet=True),
+    )
     debug_dataset: bool = option(
         False,
         "show the data and stop",

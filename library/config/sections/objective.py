@@ -32,7 +32,7 @@ class ObjectiveConfig:
         None, "lowest timestep; the distribution is squeezed into the range", limit=Limit(ge=0, le=1000)
     )
     max_timestep: int | None = option(
-        None, "highest timestep; the distribution is squeezed into the range", limit=Limit(ge=0, le=1000)
+        None, "highest timestep; the distribution is squeezed into the range", limit=Limit(ge=1, le=1000)
     )
     model_prediction_type: str = option(
         "sigma_scaled",

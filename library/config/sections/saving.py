@@ -51,7 +51,11 @@ class SavingConfig:
     resume: Path | None = option(None, "state folder to go on from")
     initial_epoch: int | None = option(None, "epoch to start at, from 1", limit=Limit(ge=1))
     initial_step: int | None = option(None, "step to start at", limit=Limit(ge=0))
-    skip_until_initial_step: bool = option(False, "count the steps before initial_step as done")
+    skip_until_initial_step: bool = option(
+        False,
+        "count the steps before initial_step as done",
+        effect=no_effect("a run always begins with the data of its first step", quiet=True),
+    )
     huggingface_repo_id: str | None = option(None, "repository to upload to", effect=NO_UPLOAD)
     save_state_to_huggingface: bool = option(False, "upload states too", effect=NO_UPLOAD)
     resume_from_huggingface: bool = option(False, "resume from an uploaded state", effect=NO_UPLOAD)

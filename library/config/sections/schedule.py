@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 from library.config.options import Limit, option
 
+LR_SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "piecewise_constant",
+    "reduce_lr_on_plateau",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleConfig:
