@@ -69,10 +69,13 @@ class Trained:
         )
 
 
-def check_parts(config: TrainConfig) -> None:
-    """Look at network module, network_args and optimizer, so that what is wrong is said before anything is loaded."""
+def check_parts(config: TrainConfig) -> tuple[str, ...]:
+    """Look at network module, network_args and optimizer, so that what is wrong is said before anything is loaded.
+
+    Returns how the optimizer's options are read where that is not plain.
+    """
     plugins.check(config.network)
-    factory.check(config.optimizer)
+    return factory.check(config.optimizer)
 
 
 def wanted_prompts(config: TrainConfig) -> tuple[SamplePrompt, ...]:

@@ -65,7 +65,8 @@ def dry_run(loaded: LoadedConfig) -> None:
     """Check config and data and print the plan; no model is loaded."""
     config = loaded.config
     files = locate_models(config.model)
-    check_parts(config)
+    say(check_parts(config))
+    wanted_prompts(config)
     data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
     say(data.notices)
     start_step(config, data.plan)
