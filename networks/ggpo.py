@@ -24,9 +24,8 @@ class Perturbation:
         self.sigma = sigma
         self.beta = beta
         self._linear = (linear,)
-        self._base_norm: Tensor | None = (
-            None  # scalar; read at first use, so that creation works without weights
-        )
+        # Scalar; read at first use, so that creation works without weights.
+        self._base_norm: Tensor | None = None
         self.combined: Tensor | None = None  # [out], float32
         self.gradient: Tensor | None = None  # [out], float32
 
@@ -52,15 +51,18 @@ class Perturbation:
         )
         self.gradient = (scale**2 * squared).clamp(min=0).sqrt()
 
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor | None:
-        """The disturbance of the output for input `x` [..., in], or None before norms are known."""
+        """The disturbance of the output for input `x` [..., in], or None before norms are known.
+
+        A constant for autograd, as in Kohya's: otherwise every layer's noise, as large as its weight, would
+        be kept for the backward pass.
+        """
         if self.combined is None or self.gradient is None:
             return None
-        weight = self._linear[0].weight
-        deviation = (self.sigma * self.combined + self.beta * self.gradient**2) / weight.shape[
-            0
-        ] ** 0.5  # [out]
-        noise = torch.randn(weight.shape, device=x.device, dtype=x.dtype)
+        shape = self._linear[0].weight.shape
+        deviation = (self.sigma * self.combined + self.beta * self.gradient**2) / shape[0] ** 0.5  # [out]
+        noise = torch.randn(shape, device=x.device, dtype=x.dtype)
         return nn.functional.linear(x, noise * deviation.to(x)[:, None])
 
 
