@@ -17,21 +17,28 @@ from torch import Tensor, nn
 _SAMPLED_ROWS = 1000
 
 
-class Perturbation:
-    """The running norms of one layer; `sigma` and `beta` as in `network_args`. Nothing here is saved."""
+class Perturbation(nn.Module):
+    """The norms of one layer, zero before the first step; `sigma` and `beta` as in `network_args`.
+
+    They are buffers, so a state holds them and a resumed run goes on as disturbed as it stopped; adapter
+    files leave them out.
+    """
+
+    combined: Tensor  # [out], float32
+    gradient: Tensor  # [out], float32
 
     def __init__(self, linear: nn.Linear, *, sigma: float, beta: float) -> None:
+        super().__init__()
         self.sigma = sigma
         self.beta = beta
         self._linear = (linear,)
-        self._base_norm: Tensor | None = (
-            None  # scalar; read at first use, so that creation works without weights
-        )
-        self.combined: Tensor | None = None  # [out], float32
-        self.gradient: Tensor | None = None  # [out], float32
+        # Scalar; read at first use, so that creation works without weights.
+        self._base_norm: Tensor | None = None
+        for name in ("combined", "gradient"):
+            self.register_buffer(name, torch.zeros(linear.out_features))
 
     @torch.no_grad()
-    def update(self, *, down: Tensor, up: Tensor, scale: float) -> None:
+    def update(self, *, down: Tensor, up: Tensor, scale: Tensor) -> None:
         """Refresh the norms of `scale * up @ down`; `down` [rank, in], `up` [out, rank], float32."""
         if self._base_norm is None:
             weight = self._linear[0].weight
@@ -42,7 +49,7 @@ class Perturbation:
 
     @torch.no_grad()
     def update_gradient(
-        self, *, down: Tensor, up: Tensor, grad_down: Tensor, grad_up: Tensor, scale: float
+        self, *, down: Tensor, up: Tensor, grad_down: Tensor, grad_up: Tensor, scale: Tensor
     ) -> None:
         """Row norms [out] of `scale * (up @ grad_down + grad_up @ down)`; gradients are shaped as factors."""
         squared = (
@@ -52,15 +59,16 @@ class Perturbation:
         )
         self.gradient = (scale**2 * squared).clamp(min=0).sqrt()
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """The disturbance of the output for input `x` [..., in], or None before norms are known."""
-        if self.combined is None or self.gradient is None:
-            return None
-        weight = self._linear[0].weight
-        deviation = (self.sigma * self.combined + self.beta * self.gradient**2) / weight.shape[
-            0
-        ] ** 0.5  # [out]
-        noise = torch.randn(weight.shape, device=x.device, dtype=x.dtype)
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """The disturbance of the output for input `x` [..., in].
+
+        A constant for autograd, as in Kohya's: otherwise every layer's noise, as large as its weight, would
+        be kept for the backward pass.
+        """
+        shape = self._linear[0].weight.shape
+        deviation = (self.sigma * self.combined + self.beta * self.gradient**2) / shape[0] ** 0.5  # [out]
+        noise = torch.randn(shape, device=x.device, dtype=x.dtype)
         return nn.functional.linear(x, noise * deviation.to(x)[:, None])
 
 

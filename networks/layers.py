@@ -56,12 +56,6 @@ def diagonal_blocks(matrix: Tensor, rows: Sequence[int]) -> list[Tensor] | None:
     return blocks if inside == int(matrix.count_nonzero()) else None
 
 
-def _follow_alpha(layer: nn.Module, _: object) -> None:
-    """A resumed state may hold another alpha than the options: a file's, given as network_weights."""
-    assert isinstance(layer, LoRALinear)
-    layer.scale = float(layer.alpha) / layer.rank
-
-
 class LoRALinear(nn.Module):
     """The adapter of one target: `lora_down` [rank, in], `lora_up` [out, rank] (or its parts), `alpha`.
 
@@ -91,9 +85,7 @@ class LoRALinear(nn.Module):
         for up in self.ups():
             nn.init.zeros_(up.weight)
         total = float(alpha or target.rank) * max(1, len(target.parts))
-        self.scale = total / self.rank
         self.register_buffer("alpha", torch.tensor(total, dtype=torch.float32))
-        self.register_load_state_dict_post_hook(_follow_alpha)  # type: ignore[no-untyped-call]
         # In a tuple, so that the base layer is not registered as part of the adapter.
         self._linear = (linear,)
         self._base_forward: Callable[[Tensor], Tensor] | None = None
@@ -102,6 +94,11 @@ class LoRALinear(nn.Module):
     def linear(self) -> nn.Linear:
         """The adapted layer."""
         return self._linear[0]
+
+    @property
+    def scale(self) -> Tensor:
+        """alpha / rank, scalar. Read off the buffer each time: a file or a resumed state may have changed it."""
+        return self.alpha / self.rank
 
     def ups(self) -> list[nn.Linear]:
         """The up projections, one a part; a single one when not split."""
@@ -126,9 +123,7 @@ class LoRALinear(nn.Module):
         hidden = self._drop(self.lora_down(x)) * (self.multiplier * self.scale)  # [..., rank]
         output = base + self._up(hidden).to(base.dtype)
         if self.training and self.perturbation is not None:
-            disturbance = self.perturbation(x)
-            if disturbance is not None:
-                output = output + disturbance.to(base.dtype)
+            output = output + self.perturbation(x).to(base.dtype)
         return output
 
     def _up(self, hidden: Tensor) -> Tensor:  # [..., rank] -> [..., out]
@@ -224,7 +219,6 @@ class LoRALinear(nn.Module):
         for own, piece in zip(self.ups(), pieces, strict=True):
             own.weight.copy_(piece)
         self.alpha.fill_(alpha)
-        self.scale = alpha / self.rank
 
     def update_perturbation(self) -> None:
         """Refresh the norms GGPO needs, after a backward pass and before the gradients are cleared."""

@@ -160,7 +160,7 @@ class LoRANetwork(nn.Module):
                 )
         level = logging.INFO if options.verbose else logging.DEBUG
         for lora in made:
-            logger.log(level, "%s rank %d alpha %g", lora.lora_name, lora.rank, lora.scale * lora.rank)
+            logger.log(level, "%s rank %d alpha %s", lora.lora_name, lora.rank, lora.alpha)
 
     @property
     def loras(self) -> list[LoRALinear]:
@@ -342,21 +342,23 @@ class LoRANetwork(nn.Module):
         """Kohya's second hook of the same moment; `update_grad_norms` has refreshed both norms."""
 
     def grad_norms(self) -> Tensor | None:
-        """Mean row norm of each layer's gradient [layers]; None when GGPO is off or has not seen a step."""
-        return _stacked([lora.perturbation.gradient for lora in self.loras if lora.perturbation is not None])
+        """Mean row norm of each layer's gradient [layers]; None when GGPO is off."""
+        return _stacked([p.gradient.mean() for p in self._perturbations()])
 
     def combined_weight_norms(self) -> Tensor | None:
-        """Mean row norm of base weight and adapter of each layer [layers], or None as above."""
-        return _stacked([lora.perturbation.combined for lora in self.loras if lora.perturbation is not None])
+        """Mean row norm of base weight and adapter of each layer [layers]; None when GGPO is off."""
+        return _stacked([p.combined.mean() for p in self._perturbations()])
 
     def weight_norms(self) -> Tensor | None:
-        """Norm of each layer's adapter [layers], with GGPO only."""
+        """Norm of each layer's adapter [layers]; None when GGPO is off."""
         return _stacked([lora.delta_norm() for lora in self.loras if lora.perturbation is not None])
 
+    def _perturbations(self) -> list[Perturbation]:
+        return [lora.perturbation for lora in self.loras if lora.perturbation is not None]
 
-def _stacked(norms: Sequence[Tensor | None]) -> Tensor | None:
-    known = [norm.mean() for norm in norms if norm is not None]
-    return torch.stack(known) if known else None
+
+def _stacked(norms: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(list(norms)) if norms else None
 
 
 def _two_rates(

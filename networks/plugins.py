@@ -9,17 +9,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from library.errors import NetworkPluginError
+from library.log import warn_once
 from networks.options import parse_bool
 
 if TYPE_CHECKING:
     from library.config.sections.network import NetworkConfig
+
+logger = logging.getLogger(__name__)
 
 # Modules of Kohya's trainer for other models: what people copy from SD and SDXL recipes.
 _OTHER_MODELS = frozenset(
@@ -44,6 +49,9 @@ _LYCORIS_FLAGS = frozenset(
         "train_t5xxl",
     }
 )  # fmt: skip
+# Modules whose two ways of computing agree: beside the layer ("bypass"), or by rebuilding its weight.
+_LYCORIS_BESIDE = frozenset({"LoConModule", "LohaModule", "LokrModule", "GLoRAModule"})
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _REQUIRED_FUNCTIONS = ("create_network", "create_network_from_weights")
 
 
@@ -168,7 +176,44 @@ def create_module(
         )
     if not isinstance(network, nn.Module):
         raise NetworkPluginError(f"network_module {plugin.name} made no network ({network!r})")
+    if plugin.is_lycoris:
+        _compute_beside_the_layer(network, asked="bypass_mode" in arguments)
     return network
+
+
+def _compute_beside_the_layer(network: Any, *, asked: bool) -> None:
+    """Have LyCORIS add its product to the layer's output where it can, unless network_args chose (`asked`).
+
+    By default it rebuilds the layer's weight and takes the difference in that weight's dtype: in bfloat16 a
+    change below 1/256 of a weight is rounded away, 8-bit weights cannot be added to at all, and the
+    difference, as large as the weight, is kept for the backward pass. Where it has to rebuild (DoRA, its
+    rank_dropout, other algorithms), 8-bit weights are refused and 16-bit ones warned of.
+
+    Raises `NetworkPluginError` for what cannot work.
+    """
+    for module in (*network.text_encoder_loras, *network.unet_loras):
+        decomposed, kind = getattr(module, "wd", False), type(module).__name__
+        if kind in _LYCORIS_BESIDE and not asked and not decomposed and not module.rank_dropout:
+            module.bypass_mode = True
+        if decomposed and module.bypass_mode:
+            raise NetworkPluginError(
+                "network_args: bypass_mode=True leaves dora_wd without effect; drop one of them"
+            )
+        weight = getattr(module.org_module[0], "weight", None)
+        if module.bypass_mode or weight is None:
+            continue
+        if weight.dtype in _EIGHT_BITS:
+            raise NetworkPluginError(
+                f"LyCORIS's {kind} rebuilds base weights with these network_args, which fp8_base's 8 bits do "
+                "not allow; drop fp8_base, or use algo=lokr, loha, glora or locon without dora_wd and rank_dropout"
+            )
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            warn_once(
+                logger,
+                "LyCORIS's %s adds to base weights in 16 bits, where small changes are rounded away; "
+                "algo=lokr, loha, glora or locon without dora_wd and rank_dropout do not",
+                kind,
+            )
 
 
 def loaded_values(report: object) -> Mapping[str, Sequence[str]]:

@@ -462,6 +462,28 @@ def test_ggpo_disturbs_training_only_and_by_the_stated_deviation() -> None:
     torch.testing.assert_close(draws.std(dim=(0, 1)), deviation, rtol=0.06, atol=0)
 
 
+def test_ggpo_keeps_no_matrix_of_the_weights_size_for_the_backward_pass() -> None:
+    made = layer()
+    made.perturbation = Perturbation(made.linear, sigma=0.5, beta=2.0)
+    made.linear(torch.randn(8, 6)).square().sum().backward()
+    made.update_perturbation()
+    made.train()
+    kept: list[tuple[int, ...]] = []
+    x = torch.randn(8, 6, requires_grad=True)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor is not made.linear.weight:
+            kept.append(tuple(sorted(tensor.shape)))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = made.linear(x)
+    assert kept.count(tuple(sorted(made.linear.weight.shape))) == 1, "the layer's own weight alone"
+    output.sum().backward()
+    expected = made.linear.weight + made.delta()
+    torch.testing.assert_close(x.grad, expected.sum(0).expand(8, -1))
+
+
 def test_without_ggpo_nothing_is_computed() -> None:
     rig = Rig()
     made = network(rig)
