@@ -159,8 +159,9 @@ class LoRANetwork(nn.Module):
                     lora.linear, sigma=options.ggpo_sigma, beta=options.ggpo_beta
                 )
         level = logging.INFO if options.verbose else logging.DEBUG
-        for lora in made:
-            logger.log(level, "%s rank %d alpha %s", lora.lora_name, lora.rank, lora.alpha)
+        for target, alpha in zip(targets, alphas, strict=True):
+            rank = target.rank
+            logger.log(level, "%s rank %d alpha %g", target.candidate.name, rank, alpha or rank)
 
     @property
     def loras(self) -> list[LoRALinear]:

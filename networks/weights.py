@@ -23,6 +23,7 @@ from library.files.safetensors import load_file, save_file
 DOWN = "lora_down.weight"
 UP = "lora_up.weight"
 ALPHA = "alpha"
+_OTHER_LAYOUTS = ("transformer.", "diffusion_model.", "text_encoder.", "base_model.model.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,13 @@ def read(path: str | Path) -> dict[str, Tensor]:
         return load_file(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f"adapter file {file} cannot be read: {error}") from error
-    return {str(name): tensor for name, tensor in dict(loaded).items() if isinstance(tensor, Tensor)}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise CheckpointError(
+            f"adapter file {file} is no file of tensors by torch.save; copy it again"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"adapter file {file} holds a {type(loaded).__name__} and no tensors by name")
+    return {str(name): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
 
 
 def group(tensors: Mapping[str, Tensor], *, origin: str) -> dict[str, LayerWeights]:
@@ -61,6 +66,11 @@ def group(tensors: Mapping[str, Tensor], *, origin: str) -> dict[str, LayerWeigh
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, leaf = key.partition(".")
+        if key.startswith(_OTHER_LAYOUTS):
+            raise CheckpointError(
+                f"{origin}: {key} is of the diffusers or ComfyUI layout; convert the file to Kohya's "
+                "(lora_unet_..., lora_down, lora_up)"
+            )
         if leaf not in (DOWN, UP, ALPHA):
             raise CheckpointError(
                 f"{origin}: {key} belongs to no LoRA; LyCORIS files load with network_module = lycoris.kohya"

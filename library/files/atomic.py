@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.stem[:80]}.", suffix=f".tmp{path.suffix}", dir=path.parent
+        prefix=f".{path.stem[:40]}.", suffix=f".tmp{path.suffix}", dir=path.parent
     )
     os.close(descriptor)
     temporary = Path(name)

@@ -49,6 +49,12 @@ def test_views_of_one_storage_are_saved_apart(tmp_path):
     assert torch.equal(loaded["t"], base.T)
 
 
+def test_the_longest_name_that_the_disk_takes_can_be_written(tmp_path):
+    path = tmp_path / ("名" * 80 + ".safetensors")  # 252 bytes
+    save_file(path, {"a": torch.ones(1)})
+    assert path.is_file()
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(path, {"a": torch.ones(1)})

@@ -299,7 +299,8 @@ def test_strength_of_a_loaded_file_is_the_files() -> None:
     assert scales["lora_unet_single_blocks_1_linear2"] == 1.0
 
     resumed = network(Rig(), alpha=4.0)
-    resumed.load_state_dict(made.state_dict())
+    for name, buffer in resumed.named_buffers():  # as a resumed run does
+        buffer.copy_(made.get_buffer(name))
     assert {lora.lora_name: lora.scale for lora in resumed.loras} == scales
 
 
@@ -307,6 +308,7 @@ def test_strength_of_a_loaded_file_is_the_files() -> None:
     ("change", "sentence"),
     [
         (lambda t: {"a.lokr_w1": torch.ones(1)}, "lycoris.kohya"),
+        (lambda t: {"transformer.x.lora_A.weight": torch.ones(1)}, "convert the file to Kohya's"),
         (lambda t: {"o.lora_down.weight": torch.ones(1), "o.lora_up.weight": torch.ones(1)}, "none of its"),
         (lambda t: {k: v for k, v in t.items() if not k.endswith("lora_up.weight")}, "lacks lora_up.weight"),
         (lambda t: {k: v[:2] if "down" in k else v for k, v in t.items()}, "dim_from_weights"),
@@ -460,6 +462,37 @@ def test_ggpo_disturbs_training_only_and_by_the_stated_deviation() -> None:
     torch.manual_seed(2)
     draws = torch.stack([(made.linear(x) - calm).detach() for _ in range(600)])
     torch.testing.assert_close(draws.std(dim=(0, 1)), deviation, rtol=0.06, atol=0)
+
+
+def test_ggpo_goes_on_after_a_resume_as_it_stopped() -> None:
+    rig, fresh = Rig(), Rig()
+    made, resumed = (network(one, ggpo_sigma="0.03", ggpo_beta="0.01") for one in (rig, fresh))
+    fill(made)
+    rig.output().square().mean().backward()
+    made.update_grad_norms()
+    with torch.no_grad():
+        for name, tensor in (*resumed.named_parameters(), *resumed.named_buffers()):
+            tensor.copy_(made.state_dict()[name])
+    outputs = []
+    for one in (rig, fresh):
+        torch.manual_seed(4)
+        outputs.append(one.output())
+    assert torch.equal(*outputs)
+    made.eval()
+    assert not torch.allclose(outputs[0], rig.output())
+    leaves = {name.split(".", 1)[1] for name in made.export()}
+    assert leaves == {"lora_down.weight", "lora_up.weight", "alpha"}
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04aaaa", torch.ones(3)])
+def test_pickles_that_cannot_be_read_are_named(content: bytes | torch.Tensor, tmp_path: Path) -> None:
+    file = tmp_path / "net.ckpt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"net\.ckpt (is no file of tensors|holds a Tensor)"):
+        network(Rig()).load_weights(file)
 
 
 def test_ggpo_keeps_no_matrix_of_the_weights_size_for_the_backward_pass() -> None:
