@@ -25,14 +25,16 @@ from torch import nn
 
 from library.errors import NetworkPluginError
 from library.files.atomic import replacing
+from networks import lycoris_fit, weights
 from networks.merge import merge_measured
-from networks.plugins import Plugin, create_module, load_plugin, loaded_values
+from networks.plugins import Plugin, create_module, load_plugin, loaded_values, network_from_file
 
 if TYPE_CHECKING:
     from library.config.sections.network import NetworkConfig
 
 logger = logging.getLogger(__name__)
 
+FLUX_MODULE = "networks.lora_flux"
 _REQUIRED_METHODS = (
     "apply_to",
     "prepare_optimizer_params",
@@ -162,8 +164,7 @@ class NetworkHandle:
         after = [_state(model) for model in (self._transformer, *self._text_encoders)]
         if before == after or next(self.module.parameters(), None) is None:
             raise NetworkPluginError(
-                f"{self._plugin.name} found nothing to train: check network_args and the class names it "
-                f"looks for; the transformer has {_contents(self._transformer)}"
+                f"{self._plugin.name} found nothing to train: {self._what_would_match()}"
             )
         if self.trains_t5 and len(after) > 2 and before[2] == after[2]:
             raise NetworkPluginError(
@@ -172,6 +173,12 @@ class NetworkHandle:
             )
         if self._config.network_weights is not None:
             self.load(Path(self._config.network_weights))
+
+    def _what_would_match(self) -> str:
+        hint = "check network_args and the class names it looks for"
+        if self._plugin.is_lycoris:
+            hint = f"its preset matches no layer; presets that match some of FLUX's are {lycoris_fit.PRESETS}"
+        return f"{hint}; the transformer has {_contents(self._transformer)}"
 
     def parameter_groups(
         self, *, learning_rate: float, unet_lr: float | None, text_encoder_lr: Sequence[float] | None
@@ -223,6 +230,7 @@ class NetworkHandle:
         """Load an adapter file into the network; what does not fit is named in the log."""
         if not path.is_file():
             raise NetworkPluginError(f"network_weights {path} does not exist")
+        lycoris_fit.before_loading(self.module)
         for what, keys in loaded_values(self._methods["load_weights"](str(path))).items():
             if keys:
                 logger.warning("%s: %d %s: %s", path, len(keys), what, ", ".join(keys[:5]))
@@ -309,20 +317,31 @@ def merge_base_weights(
     """
     if not config.base_weights:
         return
-    plugin = load_plugin(config.network_module)
     models = [transformer, *text_encoders]
     strengths = [*config.base_weights_multiplier, *(1.0 for _ in config.base_weights)]
     for file, strength in zip(config.base_weights, strengths, strict=False):
         if not Path(file).is_file():
             raise NetworkPluginError(f"base_weights {file} does not exist")
-        module, tensors = plugin.create_network_from_weights(
-            strength, str(file), ae, list(text_encoders), transformer, for_inference=True
-        )
+        plugin = load_plugin(_module_of(config, Path(file)))
+        module = network_from_file(
+            plugin, Path(file), strength=strength, text_encoders=list(text_encoders), transformer=transformer,
+            ae=ae, arguments={"for_inference": True},
+        )  # fmt: skip
+        if plugin.is_lycoris:
+            lycoris_fit.settle(module, asked_bypass=False)
+            lycoris_fit.merge_full(module, strength)
         if hasattr(module, "merge_to") and not plugin.is_lycoris:
-            module.merge_to(list(text_encoders), transformer, tensors, None, None)
+            module.merge_to(list(text_encoders), transformer, None, None, None)
         else:
             _merge_by_measuring(module, models, list(text_encoders), plugin)
         logger.info("merged %s at strength %g", file, strength)
+
+
+def _module_of(config: NetworkConfig, file: Path) -> str | None:
+    """The module that a file of base_weights is read with: the run's own, or LyCORIS for what only it knows."""
+    if config.network_module == FLUX_MODULE and not weights.is_plain_lora(weights.read(file)):
+        return "lycoris.kohya"
+    return config.network_module
 
 
 def _merge_by_measuring(

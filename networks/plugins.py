@@ -1,7 +1,7 @@
 """Finding a network module by name and calling it with Kohya's arguments.
 
-What is particular to one foreign module is said here, with its reason, and nowhere else. A module is
-imported and its functions are checked before any weight is needed.
+A module is imported and its functions are checked before any weight is needed. What is particular to LyCORIS is in
+`networks.lycoris_fit`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from library.errors import NetworkPluginError
-from library.log import warn_once
-from networks.options import parse_bool
+from networks import lycoris_fit, weights
 
 if TYPE_CHECKING:
     from library.config.sections.network import NetworkConfig
@@ -40,18 +41,6 @@ _OTHER_MODELS = frozenset(
         "control_net_lllite",
     )
 )
-_LYCORIS = "lycoris"
-# LyCORIS reads "0" and "no" as true, and does not convert decompose_both: "False" switches it on.
-_LYCORIS_FLAGS = frozenset(
-    {
-        "use_tucker", "use_cp", "use_conv_cp", "use_scalar", "train_norm", "rescaled", "dora_wd",
-        "wd_on_output", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization", "decompose_both",
-        "train_t5xxl",
-    }
-)  # fmt: skip
-# Modules whose two ways of computing agree: beside the layer ("bypass"), or by rebuilding its weight.
-_LYCORIS_BESIDE = frozenset({"LoConModule", "LohaModule", "LokrModule", "GLoRAModule"})
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _REQUIRED_FUNCTIONS = ("create_network", "create_network_from_weights")
 
 
@@ -67,7 +56,7 @@ class Plugin:
     @property
     def is_lycoris(self) -> bool:
         """Whether it is LyCORIS, whose `merge_to` cannot be used (see `networks.interface`)."""
-        return self.name.split(".")[0] == _LYCORIS
+        return self.name.split(".")[0] == lycoris_fit.PACKAGE
 
 
 def load_plugin(name: str | None) -> Plugin:
@@ -102,6 +91,9 @@ def check(config: NetworkConfig) -> None:
     arguments = network_arguments(config, plugin)
     if plugin.check_arguments is not None:
         plugin.check_arguments(arguments)
+    if plugin.is_lycoris:
+        for remark in lycoris_fit.remarks(arguments):
+            logger.warning(remark)
 
 
 def _import_sentence(name: str, error: ModuleNotFoundError) -> str:
@@ -113,7 +105,9 @@ def _import_sentence(name: str, error: ModuleNotFoundError) -> str:
     if name == missing or name.startswith(f"{missing}."):
         package = name.split(".")[0]
         hint = (
-            "pip install lycoris-lora" if package == _LYCORIS else "give networks.lora_flux or lycoris.kohya"
+            "pip install lycoris-lora"
+            if package == lycoris_fit.PACKAGE
+            else "give networks.lora_flux or lycoris.kohya"
         )
         return f"network_module {name} was not found; {hint}"
     return f"network_module {name} needs the package {missing}, which is not installed"
@@ -126,10 +120,9 @@ def network_arguments(config: NetworkConfig, plugin: Plugin) -> dict[str, object
         key, equals, value = entry.partition("=")
         if not equals:
             raise NetworkPluginError(f"network_args {entry!r} is not of the form key=value")
-        flag = plugin.is_lycoris and key in _LYCORIS_FLAGS and value != ""
-        arguments[key] = parse_bool(key, value) if flag else value
+        arguments[key] = value
     arguments.setdefault("dropout", config.network_dropout)
-    return arguments
+    return lycoris_fit.read_arguments(arguments) if plugin.is_lycoris else arguments
 
 
 def metadata_arguments(config: NetworkConfig) -> dict[str, str | float | None] | None:
@@ -158,62 +151,54 @@ def create_module(
     # Text encoders go as a list: LyCORIS numbers their names only then.
     encoders = list(text_encoders)
     if config.dim_from_weights:
-        file = str(config.network_weights)
-        network, _ = plugin.create_network_from_weights(1, file, ae, encoders, transformer, **arguments)
+        network = network_from_file(
+            plugin, Path(str(config.network_weights)), strength=1.0, text_encoders=encoders,
+            transformer=transformer, ae=ae, arguments=arguments,
+        )  # fmt: skip
     else:
         if "warn_on_unmatched" in inspect.signature(plugin.create_network).parameters:
             # Its targets cover many models; for FLUX most of them never match.
             arguments.setdefault("warn_on_unmatched", False)
-        network = plugin.create_network(
-            multiplier,
-            config.network_dim,
-            config.network_alpha,
-            ae,
-            encoders,
-            transformer,
-            neuron_dropout=config.network_dropout,
-            **arguments,
-        )
+        dim = config.network_dim or lycoris_fit.DEFAULT_DIM
+        models = [transformer, *encoders]
+        with lycoris_fit.targets(arguments, dim=dim, models=models) if plugin.is_lycoris else nullcontext():
+            network = plugin.create_network(
+                multiplier,
+                config.network_dim,
+                config.network_alpha,
+                ae,
+                encoders,
+                transformer,
+                neuron_dropout=config.network_dropout,
+                **arguments,
+            )
     if not isinstance(network, nn.Module):
         raise NetworkPluginError(f"network_module {plugin.name} made no network ({network!r})")
     if plugin.is_lycoris:
-        _compute_beside_the_layer(network, asked="bypass_mode" in arguments)
+        lycoris_fit.settle(network, asked_bypass="bypass_mode" in arguments)
     return network
 
 
-def _compute_beside_the_layer(network: Any, *, asked: bool) -> None:
-    """Have LyCORIS add its product to the layer's output where it can, unless network_args chose (`asked`).
-
-    By default it rebuilds the layer's weight and takes the difference in that weight's dtype: in bfloat16 a
-    change below 1/256 of a weight is rounded away, 8-bit weights cannot be added to at all, and the
-    difference, as large as the weight, is kept for the backward pass. Where it has to rebuild (DoRA, its
-    rank_dropout, other algorithms), 8-bit weights are refused and 16-bit ones warned of.
-
-    Raises `NetworkPluginError` for what cannot work.
-    """
-    for module in (*network.text_encoder_loras, *network.unet_loras):
-        decomposed, kind = getattr(module, "wd", False), type(module).__name__
-        if kind in _LYCORIS_BESIDE and not asked and not decomposed and not module.rank_dropout:
-            module.bypass_mode = True
-        if decomposed and module.bypass_mode:
-            raise NetworkPluginError(
-                "network_args: bypass_mode=True leaves dora_wd without effect; drop one of them"
-            )
-        weight = getattr(module.org_module[0], "weight", None)
-        if module.bypass_mode or weight is None:
-            continue
-        if weight.dtype in _EIGHT_BITS:
-            raise NetworkPluginError(
-                f"LyCORIS's {kind} rebuilds base weights with these network_args, which fp8_base's 8 bits do "
-                "not allow; drop fp8_base, or use algo=lokr, loha, glora or locon without dora_wd and rank_dropout"
-            )
-        if weight.dtype in (torch.bfloat16, torch.float16):
-            warn_once(
-                logger,
-                "LyCORIS's %s adds to base weights in 16 bits, where small changes are rounded away; "
-                "algo=lokr, loha, glora or locon without dora_wd and rank_dropout do not",
-                kind,
-            )
+def network_from_file(
+    plugin: Plugin,
+    file: Path,
+    *,
+    strength: float,
+    text_encoders: list[nn.Module],
+    transformer: nn.Module,
+    ae: nn.Module | None = None,
+    arguments: Mapping[str, object] = MappingProxyType({}),
+) -> Any:
+    """The network that an adapter file holds, with its ranks; not yet applied."""
+    if plugin.is_lycoris:
+        return lycoris_fit.from_file(
+            plugin.create_network_from_weights, weights.read(file), strength=strength,
+            text_encoders=text_encoders, transformer=transformer,
+        )  # fmt: skip
+    network, _ = plugin.create_network_from_weights(
+        strength, str(file), ae, text_encoders, transformer, **arguments
+    )
+    return network
 
 
 def loaded_values(report: object) -> Mapping[str, Sequence[str]]:

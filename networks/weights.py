@@ -58,6 +58,11 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
 
 
+def is_plain_lora(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every leaf is one of a LoRA in Kohya's layout."""
+    return all(key.partition(".")[2] in (DOWN, UP, ALPHA) for key in tensors)
+
+
 def group(tensors: Mapping[str, Tensor], *, origin: str) -> dict[str, LayerWeights]:
     """Tensors by layer. No alpha means alpha = rank. `origin` names the file in errors.
 
