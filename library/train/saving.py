@@ -18,6 +18,7 @@ from library.train.naming import SavePoint, epoch_save, last_stem, step_save, st
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 from networks.interface import NetworkHandle
+from networks.readback import read_back
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Saver:
         self._config, self._folder, self._network = config, config.output_dir, network
         self._metadata, self._capture, self._world = metadata, capture, world
         self.written: list[Path] = []
+        self._checked = False  # whether it was said that a file was read back and is whole
 
     def model(self, stem: str, state: TrainState, *, epoch: int) -> Path:
         """Write the network as `<stem>.<save_model_as>`; `epoch` is what ss_epoch says."""
@@ -55,8 +57,22 @@ class Saver:
                 self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
             seconds = time.perf_counter() - start
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
+            self._check(path)
             self.written.append(path)
         return path
+
+    def _check(self, path: Path) -> None:
+        """Read the file as a stranger would; what is wrong is said each time, that all is well once."""
+        report = read_back(path)
+        for problem in report.problems:
+            logger.warning("%s: %s", path.name, problem)
+        if not report.problems and not self._checked:
+            acting = report.num_layers - report.num_silent
+            logger.info(
+                "read back: %d layers under names that %s load, all numbers finite, %d of them act",
+                report.num_layers, report.readers, acting,
+            )  # fmt: skip
+            self._checked = True
 
     def state(self, stem: str, state: TrainState) -> Path:
         """Write the state folder `<stem>-state`."""

@@ -74,6 +74,8 @@ def test_a_run_writes_what_kohya_writes(tmp_path: Path, pictures: Path, prompts:
     assert {"loss/current", "loss/average", "loss/epoch_average", "lr/unet"} <= set(tags)
     assert "mean of the last 20 %" in printed
     assert "Load LoRA" in printed
+    assert printed.count("read back: ") == 1, "said of the first file alone"
+    assert "layers under names that ComfyUI, Forge and diffusers load, all numbers finite" in printed
     assert "0 of 6 to encode" in run(config, "--max_train_epochs", "1").stderr  # the caches hold
 
 

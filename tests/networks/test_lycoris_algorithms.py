@@ -15,6 +15,7 @@ from library.models.flux import Flux
 from library.models.load import load_flux
 from networks.interface import NetworkHandle, create, merge_base_weights
 from networks.plugins import check
+from networks.readback import read_back
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 LORA = ("alpha", "lora_down.weight", "lora_up.weight")
@@ -113,6 +114,13 @@ def test_keys_are_those_that_others_read(trained):
     names = {n for n in NAMES if algorithm != "boft" or not n.endswith(NOT_IN_BOFT)}
     leaves = ALGORITHMS[algorithm][1]
     assert set(load_file(file)) == {f"{name}.{leaf}" for name in names for leaf in leaves}
+
+
+def test_reading_it_back_finds_it_whole_unless_nobody_else_can(trained):
+    algorithm, _, _, file, _ = trained
+    report = read_back(file)
+    assert report.num_silent == 0
+    assert bool(report.problems) == (algorithm == "ia3")
 
 
 @pytest.mark.parametrize("ranks_from_file", [False, True])
