@@ -35,7 +35,6 @@ _OTHER_MODELS = frozenset(
         "lora_fa",
         "dylora",
         "oft",
-        "oft_flux",
         "lora_sd3",
         "lora_lumina",
         "control_net_lllite",

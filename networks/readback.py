@@ -20,6 +20,7 @@ _LAYER = re.compile(
     r"lora_unet_(double_blocks_\d+_(img|txt)_(mod_lin|attn_qkv|attn_proj|mlp_[02])"
     rf"|single_blocks_\d+_(linear[12]|modulation_lin)|{_EMBEDDERS})"
     r"|lora_te1_text_model_encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
+    r"|oft_unet_\w+"  # Kohya's networks.oft_flux
     r"|lora_te[23]_encoder_block_\d+_layer_(0_SelfAttention_[qkvo]|1_DenseReluDense_(wi_[01]|wo))"
 )
 # Leaves by kind of adapter: those that must be there together, then those that may.
@@ -37,6 +38,7 @@ _KINDS: tuple[tuple[frozenset[str], frozenset[str]], ...] = tuple(
         ("diff", "diff_b"),
     )
 )
+_OFT_FLUX = "oft_blocks.0"  # one leaf for each part of a fused projection
 _PLAIN = frozenset({"lora_down.weight", "lora_up.weight", "alpha"})
 _EMBEDDER_LAYER = re.compile(f"lora_unet_({_EMBEDDERS})")
 
@@ -82,7 +84,7 @@ def _listed(
 
 
 def _known(leaves: Mapping[str, Tensor]) -> bool:
-    return any(needed <= leaves.keys() <= needed | more for needed, more in _KINDS)
+    return _OFT_FLUX in leaves or any(needed <= leaves.keys() <= needed | more for needed, more in _KINDS)
 
 
 def _fits(leaves: Mapping[str, Tensor]) -> bool:
@@ -106,6 +108,8 @@ def _is_silent(leaves: Mapping[str, Tensor]) -> bool:
     alive = {leaf for leaf, tensor in leaves.items() if bool(tensor.any())}
     if "dora_scale" in leaves:
         return False
+    if _OFT_FLUX in leaves:
+        return not any(leaf.startswith("oft_blocks") for leaf in alive)
     products = [needed for needed, _ in _KINDS if needed <= leaves.keys()]
     if "a1.weight" in leaves:  # GLoRA: W (1 + a) + b
         return not ({"a1.weight", "a2.weight"} <= alive or {"b1.weight", "b2.weight"} <= alive)
@@ -116,6 +120,8 @@ def _is_silent(leaves: Mapping[str, Tensor]) -> bool:
 
 def _readers(layers: Mapping[str, dict[str, Tensor]]) -> str:
     """diffusers takes plain LoRA only, and neither T5 nor layers outside the blocks."""
+    if any(_OFT_FLUX in leaves for leaves in layers.values()):
+        return "Kohya's tools"
     simple = all(leaves.keys() <= _PLAIN for leaves in layers.values())
     inside = not any(name.startswith("lora_te3_") or _EMBEDDER_LAYER.fullmatch(name) for name in layers)
     return "ComfyUI, Forge and diffusers" if simple and inside else "ComfyUI and Forge"

@@ -28,6 +28,7 @@ OWN = {
     "with_t5": ("train_t5xxl=true",),
     "dropouts": ("rank_dropout=0.2", "module_dropout=0.2"),
 }
+OFT = {"attention": (), "all_linear": ("enable_all_linear=True",)}
 LYCORIS = {
     "lora": ("algo=lora",),
     "loha": ("algo=loha",),
@@ -36,6 +37,7 @@ LYCORIS = {
 }
 VARIANTS = [
     *(pytest.param("networks.lora_flux", arguments, id=f"own-{name}") for name, arguments in OWN.items()),
+    *(pytest.param("networks.oft_flux", arguments, id=f"oft-{name}") for name, arguments in OFT.items()),
     *(pytest.param("lycoris.kohya", arguments, id=f"lycoris-{name}") for name, arguments in LYCORIS.items()),
 ]
 
