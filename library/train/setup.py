@@ -6,11 +6,13 @@ Everything cheap comes first, so that what is wrong is said before anything larg
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from torch import nn
 
+from library.adapters.base import ModelAdapter
 from library.config.load import LoadedConfig
 from library.config.show import output_config
 from library.config.train_config import TrainConfig
@@ -34,7 +36,7 @@ from library.train.prepare import locate_models, read_data, start_step
 from library.train.resume import capture, choose_seed, first_state, restore, resumed_run
 from library.train.saving import Saver
 from library.train.signals import StopRequest
-from library.train.trainer import Limits, Trainer
+from library.train.trainer import Limits, Listener, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
 
 def train(job: Job) -> Trained:
     """Build what is trained, train it to the end, write the final file. Returns what was trained."""
-    config, backend, state = job.config, job.backend, job.state
+    config, backend = job.config, job.backend
     trained = build_trained(job)
     adapter = build_adapter(job, trained)
     module = backend.wrap(trained.root)
@@ -111,28 +113,12 @@ def train(job: Job) -> Trained:
         world=backend.world,
         optimizer=trained.optimizer,
     )
-    objective = Objective(config.objective)
     stop = StopRequest()
     show_start(job)
+    objective = Objective(config.objective)
     with build_listeners(job, trained, saver, adapter=adapter, objective=objective) as listeners:
-        trainer = Trainer(
-            module=module,
-            adapter=adapter,
-            network=trained.network,
-            parameters=trained.parameters,
-            objective=objective,
-            optimizer=trained.optimizer,
-            schedule=trained.schedule,
-            backend=backend,
-            limits=Limits(
-                total_steps=job.data.plan.total_steps,
-                micro_steps=-(-job.data.plan.settings.units_per_step // backend.world.size),
-                max_grad_norm=config.optimizer.max_grad_norm,
-                scale_weight_norms=config.network.scale_weight_norms,
-            ),
-            listeners=listeners,
-            state=state,
-            should_stop=stop,
+        trainer = build_trainer(
+            job, trained, module=module, adapter=adapter, listeners=listeners, should_stop=stop
         )
         stop.install()
         finished = trainer.run(batches(job))
@@ -145,6 +131,38 @@ def train(job: Job) -> Trained:
         )
     show_result(saver.written)
     return trained
+
+
+def build_trainer(
+    job: Job,
+    trained: Trained,
+    *,
+    module: nn.Module,
+    adapter: ModelAdapter,
+    listeners: Sequence[Listener],
+    should_stop: Callable[[], bool],
+) -> Trainer:
+    """The loop over what was built; `module` is the root module as the backend wrapped it."""
+    config, backend = job.config, job.backend
+    return Trainer(
+        module=module,
+        adapter=adapter,
+        network=trained.network,
+        parameters=trained.parameters,
+        objective=Objective(config.objective),
+        optimizer=trained.optimizer,
+        schedule=trained.schedule,
+        backend=backend,
+        limits=Limits(
+            total_steps=job.data.plan.total_steps,
+            micro_steps=-(-job.data.plan.settings.units_per_step // backend.world.size),
+            max_grad_norm=config.optimizer.max_grad_norm,
+            scale_weight_norms=config.network.scale_weight_norms,
+        ),
+        listeners=listeners,
+        state=job.state,
+        should_stop=should_stop,
+    )
 
 
 def batches(job: Job) -> Iterator[Batch]:

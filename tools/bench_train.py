@@ -1,0 +1,338 @@
+"""Seconds and memory of a training step at the size of FLUX.1-dev, with random weights made on the spot.
+
+    python -m tools.bench_train --json speed.json
+    python -m tools.bench_train --resolutions 1024x1024 --train_batch_size 4 --fp8_base --gradient_checkpointing
+    torchrun --nproc_per_node 4 -m tools.bench_train
+
+What runs is the trainer itself (network, optimizer, loop, backend, data loader); only the weights, the latents and the
+text outputs are random, which cost the same time as real ones. Options that are not the tool's own are the trainer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from library.config.dataset_settings import DatasetSettings, SubsetSettings
+from library.config.load import load_config
+from library.config.train_config import TrainConfig
+from library.data.dataset import TrainingData, place_records
+from library.data.discover import Discovered
+from library.data.plan import Plan, PlanSettings, units_per_step
+from library.data.readers import CachedLatents, CachedText
+from library.data.records import ImageRecord
+from library.distributed.base import Backend
+from library.models import precision
+from library.models.flux import Flux
+from library.models.identify import Part
+from library.models.params import FluxParams
+from library.train.build import Job, build_adapter, build_trained
+from library.train.loading import ModelLoader
+from library.train.prepare import Data, ModelFiles
+from library.train.setup import batches, build_trainer, connected
+from library.train.state import TrainState
+from library.train.trainer import StepReport
+
+SIZES = {
+    "dev": FluxParams(),
+    "tiny": FluxParams(
+        vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=4, mlp_hidden=512, depth=2,
+        depth_single_blocks=2, axes_dim=(8, 12, 12),
+    ),
+}  # fmt: skip
+IMAGES_PER_SIZE = 64
+
+
+@dataclass(frozen=True)
+class RandomLoader(ModelLoader):
+    """Makes a transformer of random weights where a run reads one from its file."""
+
+    params: FluxParams = field(default_factory=FluxParams)
+
+    def transformer(self, device: torch.device) -> Flux:
+        """Frozen normal weights of deviation 0.02 in the run's dtype, blocks in float8 with fp8_base."""
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = Flux(self.params).to(self.dtype)
+        model.to_empty(device=device)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(False)
+            if name.endswith("scale"):
+                torch.nn.init.ones_(parameter)
+            else:
+                torch.nn.init.normal_(parameter, std=0.02)
+        if self.config.memory.fp8_base:
+            precision.store_blocks_in_fp8(model)
+        return model.eval()
+
+
+@dataclass(frozen=True)
+class RandomCaches:
+    """Latents and text outputs as a cache would give them, one tensor of each size, made once."""
+
+    params: FluxParams
+    t5_length: int
+
+    def text(self) -> CachedText:
+        """Outputs for any caption."""
+        generator = torch.Generator().manual_seed(1)
+        return CachedText(
+            torch.randn(self.params.vec_in_dim, generator=generator),
+            torch.randn(self.t5_length, self.params.context_in_dim, generator=generator),
+            torch.ones(self.t5_length, dtype=torch.long),
+        )
+
+
+@dataclass(frozen=True)
+class RandomLatents:
+    """A `LatentReader`."""
+
+    def read(
+        self, record: ImageRecord, *, bucket: tuple[int, int], flipped: bool, mask: bool
+    ) -> CachedLatents:
+        """Normal noise of the bucket's size, by record."""
+        del flipped, mask
+        generator = torch.Generator().manual_seed(int(record.key.rsplit("/", 1)[1]))
+        return CachedLatents(torch.randn(16, bucket[1] // 8, bucket[0] // 8, generator=generator), None)
+
+
+@dataclass(frozen=True)
+class RandomText:
+    """A `TextReader`."""
+
+    cached: CachedText
+
+    def read(self, record: ImageRecord, **_: Any) -> CachedText:
+        """The same for every caption."""
+        del record
+        return self.cached
+
+
+@dataclass
+class Stopwatch:
+    """A listener that keeps the seconds of every step."""
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+
+    def on_start(self, state: TrainState) -> TrainState:
+        return state
+
+    def on_step(self, state: TrainState, report: StepReport) -> TrainState:
+        self.seconds.append(report.seconds)
+        self.losses.append(report.loss)
+        self.samples.append(report.samples)
+        return state
+
+    def on_epoch(self, state: TrainState, epoch: int) -> TrainState:
+        del epoch
+        return state
+
+    def on_end(self, state: TrainState) -> TrainState:
+        return state
+
+
+def synthetic_data(
+    config: TrainConfig, loader: RandomLoader, sizes: Sequence[tuple[int, int]], *, world: int
+) -> Data:
+    """Cached pictures of each of `sizes` in buckets of their own."""
+    dataset = DatasetSettings(
+        resolution=sizes[0], batch_size=config.dataset.train_batch_size, enable_bucket=True, bucket_no_upscale=True,
+        bucket_reso_steps=16, subsets=(SubsetSettings(image_dir=Path("synthetic")),),
+    )  # fmt: skip
+    records = tuple(
+        ImageRecord(
+            key=f"0/synthetic/{number}", path=Path(f"synthetic/{number}.png"), size=size, caption="",
+            num_repeats=1, dataset=0, subset=0,
+        )
+        for number, size in enumerate(size for size in sizes for _ in range(IMAGES_PER_SIZE))
+    )  # fmt: skip
+    # A picture larger than the dataset's area would be scaled down: each has its own size as its area.
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    dataset = DatasetSettings(**{**_fields(dataset), "resolution": largest})
+    training = TrainingData(
+        datasets=(dataset,),
+        records=records,
+        placements=place_records((dataset,), records),
+        seed=0,
+        latents=RandomLatents(),
+        text=RandomText(RandomCaches(loader.params, loader.t5_length).text()),
+    )
+    plan = Plan(
+        training.planned_images(),
+        PlanSettings(
+            seed=0,
+            batch_sizes=(dataset.batch_size,),
+            units_per_step=units_per_step(
+                (dataset.batch_size,), world=world, accumulation=config.training.gradient_accumulation_steps,
+                global_batch_size=config.training.global_batch_size,
+            ),
+            max_train_steps=config.training.max_train_steps,
+        ),
+    )  # fmt: skip
+    found = Discovered(records=records, validation=(), subsets=(), notices=())
+    return Data((dataset,), found, training, plan, None, None, ())
+
+
+def _fields(settings: DatasetSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+def random_files(params: FluxParams) -> ModelFiles:
+    """No files: only what the headers of a model of this size would say."""
+
+    class Known(Part):  # the one thing asked of it
+        def params(self) -> FluxParams:
+            return params
+
+    nowhere = Path("random")
+    parts = {"flux": object.__new__(Known)}
+    return ModelFiles(nowhere, nowhere, nowhere, nowhere, None, MappingProxyType(parts))
+
+
+def flops_per_sample(params: FluxParams, tokens: int) -> float:
+    """Multiply-adds times two of a forward pass and of the backward pass through a frozen base (inputs only)."""
+    width, mlp = params.hidden_size, params.mlp_hidden
+    double = tokens * (4 * width * width + 2 * width * mlp)
+    single = tokens * (3 * width * width + width * mlp + (width + mlp) * width)
+    linear = 2.0 * (params.depth * double + params.depth_single_blocks * single)
+    attention = 4.0 * tokens * tokens * width * (params.depth + params.depth_single_blocks)
+    return 2 * linear + 3.5 * attention
+
+
+def measure(
+    config: TrainConfig, backend: Backend, params: FluxParams, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Train `warmup` + `steps` steps; what they took."""
+    loader = RandomLoader(config, random_files(params), params)
+    data = synthetic_data(config, loader, arguments.resolutions, world=backend.world.size)
+    state = TrainState(
+        step=0,
+        seed=0,
+        steps_per_epoch=data.plan.steps_per_epoch,
+        plan_fingerprint="",
+        session_id=0,
+        started_at=0.0,
+    )
+    job = Job(
+        config=config, backend=backend, console=Console(stderr=True), loader=loader, data=data, saved=None,
+        state=state, prompts=(), conditions={},
+    )  # fmt: skip
+    trained = build_trained(job)
+    adapter = build_adapter(job, trained)
+    watch = Stopwatch()
+    trainer = build_trainer(
+        job,
+        trained,
+        module=backend.wrap(trained.root),
+        adapter=adapter,
+        listeners=(watch,),
+        should_stop=lambda: False,
+    )
+    cuda = backend.world.device.type == "cuda"
+    stream = batches(job)
+    started = time.perf_counter()
+    for number in range(arguments.warmup + arguments.steps):
+        if number == arguments.warmup:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            first = time.perf_counter() - started
+            started = time.perf_counter()
+        report, _ = trainer.optimizer_step(stream)
+        watch.on_step(state, report)
+    elapsed = time.perf_counter() - started
+    if arguments.profile:
+        profile(trainer, stream, Path(arguments.profile))
+    seconds = watch.seconds[arguments.warmup :]
+    samples = sum(watch.samples[arguments.warmup :])
+    tokens = [loader.t5_length + (w // 16) * (h // 16) for w, h in arguments.resolutions]
+    flops = statistics.mean(flops_per_sample(params, count) for count in tokens)
+    return {
+        "options": arguments.given,
+        "ranks": backend.world.size,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "trainable_parameters": sum(p.numel() for p in trained.parameters),
+        "seconds_per_step": round(statistics.median(seconds), 4),
+        "seconds_min_max": [round(min(seconds), 4), round(max(seconds), 4)],
+        "seconds_warmup": round(first, 2),
+        "images_per_second": round(samples / elapsed, 3),
+        "teraflops_per_second": round(flops * samples / elapsed / backend.world.size / 1e12, 1),
+        "peak_gb_allocated": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
+        "peak_gb_reserved": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
+        "losses": [round(loss, 5) for loss in (watch.losses[0], watch.losses[-1])],
+    }
+
+
+def profile(trainer: Any, stream: Any, path: Path) -> None:
+    """Two more steps under torch's profiler; the kernels that take longest go to `path`."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as recorded:
+        for _ in range(2):
+            trainer.optimizer_step(stream)
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    path.write_text(
+        recorded.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=110), encoding="utf-8"
+    )
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
+    """The tool's own options, and the trainer's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="dev", help="size of the transformer")
+    parser.add_argument(
+        "--resolutions", nargs="+", default=["1024x1024"], metavar="WxH", help="one bucket each"
+    )
+    parser.add_argument("--steps", type=int, default=12, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before")
+    parser.add_argument("--json", metavar="FILE", help="append the result as one line of JSON")
+    parser.add_argument("--profile", metavar="FILE", help="profile two more steps")
+    own, rest = parser.parse_known_args(argv)
+    own.given = list(argv)
+    own.resolutions = [tuple(int(side) for side in text.split("x")) for text in own.resolutions]
+    defaults = {
+        "pretrained_model_name_or_path": "polyrank/tiny-flux", "train_data_dir": "synthetic",
+        "output_dir": tempfile.gettempdir(), "network_module": "networks.lora_flux", "network_dim": "16",
+        "network_alpha": "16", "learning_rate": "1e-4", "timestep_sampling": "shift", "mixed_precision": "bf16",
+        "discrete_flow_shift": "3.1582", "model_prediction_type": "raw", "guidance_scale": "1.0",
+        "max_data_loader_n_workers": "2", "optimizer_args": "fused=True",
+    }  # fmt: skip
+    flags = ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only"]
+    words = [
+        word for name, value in defaults.items() if f"--{name}" not in rest for word in (f"--{name}", value)
+    ]
+    return own, load_config([*words, *flags, "--max_train_steps", str(10**6), *rest]).config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the measurement; rank 0 prints it."""
+    own, config = parse(sys.argv[1:] if argv is None else argv)
+    with connected(config) as backend:
+        result = measure(config, backend, SIZES[own.size], own)
+        if backend.world.is_main:
+            print(json.dumps(result))
+            if own.json:
+                with Path(own.json).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
