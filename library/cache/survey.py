@@ -9,6 +9,7 @@ called here.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from typing import Generic, TypeVar
 from library.cache import latents, text
 from library.cache.latents import Entry, LatentNeed
 from library.cache.text import TextNeed, TextOptions
+from library.errors import DatasetError
 
 NeedT = TypeVar("NeedT", LatentNeed, TextNeed)
 _NOTICES = {
@@ -109,6 +111,25 @@ def can_write(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def check_space(files: Iterable[tuple[Path, int]], option: str) -> None:
+    """Raise DatasetError where `files`, given with the bytes they will have, do not fit on a disk. `option` is
+    what makes them smaller.
+    """
+    needed: Counter[int] = Counter()
+    folders: dict[int, Path] = {}
+    for path, size in files:
+        disk = path.parent.stat().st_dev
+        needed[disk] += size - (path.stat().st_size if path.exists() else 0)
+        folders[disk] = path.parent
+    for disk, folder in folders.items():
+        free = shutil.disk_usage(folder).free
+        if needed[disk] > free:
+            raise DatasetError(
+                f"the caches need about {needed[disk] / 1e6:.0f} MB, but the disk of {folder} has "
+                f"{free / 1e6:.0f} MB left: free space, lower {option}, or cache in memory"
+            )
 
 
 def _state_notices(found: Iterable[tuple[NeedT, Entry]]) -> list[str]:

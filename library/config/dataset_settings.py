@@ -23,6 +23,7 @@ class SubsetSettings:
     keep_tokens_separator: str = ""
     secondary_separator: str | None = None
     enable_wildcard: bool = False
+    trigger_word: str | None = None  # None for regularisation images unless their subset names one
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     shuffle_caption: bool = False
