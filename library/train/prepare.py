@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from library.config.datasets import resolve_datasets
 from library.config.notices import Notices
 from library.config.sections.model import ModelConfig
 from library.config.train_config import TrainConfig
+from library.data.captions import PLACEHOLDER, holds
 from library.data.dataset import TrainingData, place_records
 from library.data.discover import Discovered, discover
 from library.data.plan import Plan, PlanSettings, units_per_step
 from library.data.records import ImageRecord
+from library.data.scan import SHOWN
 from library.errors import ConfigError
 from library.models import identify
 from library.models.identify import Part
@@ -94,8 +96,31 @@ def read_data(config: TrainConfig, *, seed: int, world_size: int) -> Data:
         validation = _training_data(still, found.validation, seed=_validation_seed(config, seed))
         validation_plan = _validation_plan(config, validation, world_size=world_size)
     return Data(
-        datasets, found, training, plan, validation, validation_plan, (*notices.all(), *found.notices)
+        datasets,
+        found,
+        training,
+        plan,
+        validation,
+        validation_plan,
+        (*notices.all(), *found.notices, *_trigger_notices(datasets, found)),
     )
+
+
+def _trigger_notices(datasets: Sequence[DatasetSettings], found: Discovered) -> Iterator[str]:
+    """Where some captions of a subset have the trigger word and others do not, which may be an oversight."""
+    for report in found.subsets:
+        trigger = datasets[report.dataset].subsets[report.subset].trigger_word
+        if not trigger:
+            continue
+        records = [r for r in found.records if (r.dataset, r.subset) == (report.dataset, report.subset)]
+        lacking = [
+            r.path.name for r in records if not holds(r.caption.replace(PLACEHOLDER, trigger), trigger)
+        ]
+        if 0 < len(lacking) < len(records):
+            yield (
+                f"{report.name}: {len(lacking)} of {len(records)} captions lack the trigger word {trigger!r} and "
+                f"get it put first: {', '.join(lacking[:SHOWN])}" + (", ..." if len(lacking) > SHOWN else "")
+            )
 
 
 def _training_data(
