@@ -6,7 +6,8 @@ datasets treat one image's caption differently, the others follow in the same fi
 bfloat16 where that loses nothing. The empty caption, which caption dropout needs, lies once per image folder in
 `empty-caption_flux_te.npz`. An entry is stale when a caption (and so an option or seed that shapes it), token
 length, encoder or `apply_t5_attn_mask` changed; what a stale file holds of the captions wanted is kept. Kohya's
-files carry no note and are taken if shapes and mask option fit.
+files carry no note; they hold the caption as it was read, and are taken where that is the one wanted and shapes
+and mask option fit.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class TextNeed:
 
     base: Path  # path of the file up to "_flux_te.npz"
     captions: tuple[str, ...]
+    is_raw: bool = False  # whether that is one caption as it was read: what Kohya's files hold
 
     @property
     def path(self) -> Path:
@@ -127,14 +129,17 @@ def text_needs(
 ) -> tuple[tuple[TextNeed, ...], TextStore]:
     """The files that reading all `sources` will ask for, and the store that will read them."""
     wanted: dict[Path, dict[str, None]] = {}
+    raw: dict[Path, str] = {}
     chosen: dict[str, Variants] = {}
     for data, variants in sources:
         chosen |= variants
         for record in data.records:
+            raw[record.cache_base] = record.caption
             wanted.setdefault(record.cache_base, {}).update(dict.fromkeys(variants[record.key].captions))
             if captions.may_drop(data.subset(record)):
                 wanted.setdefault(record.path.parent / EMPTY_NAME, {})[""] = None
-    return tuple(TextNeed(base, tuple(texts)) for base, texts in wanted.items()), TextStore(chosen)
+    needs = (TextNeed(base, tuple(texts), [*texts] == [raw.get(base)]) for base, texts in wanted.items())
+    return tuple(needs), TextStore(chosen)
 
 
 def check_file(need: TextNeed, *, options: TextOptions, skip_check: bool = False) -> Entry:
@@ -149,7 +154,7 @@ def check_file(need: TextNeed, *, options: TextOptions, skip_check: bool = False
     except npz.UNREADABLE:
         return Entry.UNREADABLE
     if _NOTE not in small:
-        fits = shapes["t5_out"][:1] == (options.t5_length,) and len(need.captions) == 1
+        fits = shapes["t5_out"][:1] == (options.t5_length,) and need.is_raw
         same_mask = bool(small["apply_t5_attn_mask"]) == options.apply_t5_attn_mask
         return Entry.FOREIGN if (fits and same_mask) else Entry.STALE
     note = npz.unpack_note(small[_NOTE])

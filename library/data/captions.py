@@ -49,9 +49,14 @@ def may_drop(settings: SubsetSettings) -> bool:
     return settings.caption_dropout_rate > 0 or settings.caption_dropout_every_n_epochs > 0
 
 
+def moves_tags(settings: SubsetSettings) -> bool:
+    """Whether the tags of a caption may differ from visit to visit."""
+    return settings.shuffle_caption or settings.token_warmup_step > 0 or settings.caption_tag_dropout_rate > 0
+
+
 def varies(settings: SubsetSettings) -> bool:
     """Whether two visits of an image may have different captions, dropped ones aside."""
-    return settings.enable_wildcard or _rejoins(settings)
+    return settings.enable_wildcard or moves_tags(settings)
 
 
 def process_caption(
@@ -87,7 +92,7 @@ def _vary(
     if trigger:
         text = text.replace(PLACEHOLDER, trigger)
     lead = "" if holds(text, trigger) else trigger
-    if _rejoins(settings):
+    if settings.rejoin_tags or moves_tags(settings):  # else the text is left as it is, marks and all
         tags = split_tags(text, settings)
         in_use = _warmed_up(len(tags.flexible), settings, step, max_train_steps)
         flexible = _vary_tags(tags.flexible, in_use, settings, generator)
@@ -100,11 +105,6 @@ def holds(text: str, trigger: str) -> bool:
     return (
         re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None if trigger else True
     )
-
-
-def _rejoins(settings: SubsetSettings) -> bool:
-    """Whether the caption is cut into tags at all; if not, its text is left as it is."""
-    return settings.shuffle_caption or settings.token_warmup_step > 0 or settings.caption_tag_dropout_rate > 0
 
 
 def _vary_tags(

@@ -117,7 +117,7 @@ class CachingPhase:
         ):
             if needs:
                 count = sum(len(need.captions) for need in needs)
-                logger.info("%d text encoder outputs, about %.1f MB %s", count, total / 1e6, place)
+                logger.info("%d captions to encode, about %.1f MB %s", count, total / 1e6, place)
         check_space([(need.path, size.on_disk([need])) for need in work.to_write], "text_cache_variants")
 
     def _progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:

@@ -12,7 +12,7 @@ from library.config.datasets import resolve_datasets
 from library.config.notices import Notices
 from library.config.sections.model import ModelConfig
 from library.config.train_config import TrainConfig
-from library.data.captions import PLACEHOLDER, holds
+from library.data.captions import PLACEHOLDER, holds, moves_tags
 from library.data.dataset import TrainingData, place_records
 from library.data.discover import Discovered, discover
 from library.data.plan import Plan, PlanSettings, units_per_step
@@ -95,15 +95,8 @@ def read_data(config: TrainConfig, *, seed: int, world_size: int) -> Data:
         still = tuple(_without_chance(dataset) for dataset in datasets)
         validation = _training_data(still, found.validation, seed=_validation_seed(config, seed))
         validation_plan = _validation_plan(config, validation, world_size=world_size)
-    return Data(
-        datasets,
-        found,
-        training,
-        plan,
-        validation,
-        validation_plan,
-        (*notices.all(), *found.notices, *_trigger_notices(datasets, found)),
-    )
+    said = (*notices.all(), *found.notices, *_trigger_notices(datasets, found))
+    return Data(datasets, found, training, plan, validation, validation_plan, said)
 
 
 def _trigger_notices(datasets: Sequence[DatasetSettings], found: Discovered) -> Iterator[str]:
@@ -180,7 +173,8 @@ def _without_chance(dataset: DatasetSettings) -> DatasetSettings:
         "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0.0, "color_aug": False, "flip_aug": False,
         "random_crop": False,
     }  # fmt: skip
-    return replace(dataset, subsets=tuple(replace(subset, **calm) for subset in dataset.subsets))
+    subsets = (replace(subset, rejoin_tags=moves_tags(subset), **calm) for subset in dataset.subsets)
+    return replace(dataset, subsets=tuple(subsets))
 
 
 def start_step(config: TrainConfig, plan: Plan) -> int:

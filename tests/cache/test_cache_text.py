@@ -148,6 +148,20 @@ def test_kohyas_files_are_taken_if_shapes_and_mask_option_fit(folder):
     assert store.read(data.records[0], "caption 0").clip_pooled.tolist() == [7.0] * 3
 
 
+def test_kohyas_files_hold_the_caption_as_it_was_read(folder):
+    for number in range(3):
+        kohyas_file(folder / f"{number}_flux_te.npz")
+    assert states(data_of(dataset(folder))) == [Entry.FOREIGN] * 3
+    for options in ({"caption_prefix": "P"}, {"trigger_word": "ohwx"}):
+        assert states(data_of(dataset(folder, **options))) == [Entry.STALE] * 3
+    (folder / "0.txt").write_text("{a|b}")
+    assert states(data_of(dataset(folder, enable_wildcard=True))) == [
+        Entry.STALE,
+        Entry.FOREIGN,
+        Entry.FOREIGN,
+    ]
+
+
 def test_damaged_and_lost_files(folder):
     data = data_of(dataset(folder))
     store, _, _ = cache_text(data)

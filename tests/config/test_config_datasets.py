@@ -42,7 +42,7 @@ def dataset(general="", own="", subset=""):
 def test_every_key_lands_in_a_setting():
     fields = set(DatasetSettings.__dataclass_fields__) | set(SubsetSettings.__dataclass_fields__)
     assert set(KEYS) - fields == {"network_multiplier"}
-    assert fields - set(KEYS) == {"subsets", "prior_loss_weight"}
+    assert fields - set(KEYS) == {"subsets", "prior_loss_weight", "rejoin_tags"}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,15 @@ def test_empty_text_and_false_stop_the_search(resolve):
     (settings,) = resolve(text, caption_prefix="b", shuffle_caption=True)
     subset = settings.subsets[0]
     assert (subset.caption_prefix, subset.flip_aug, subset.shuffle_caption) == ("", False, True)
+
+
+def test_regularisation_images_have_a_trigger_word_only_of_their_own(resolve, images):
+    text = dataset("trigger_word = 'a'")
+    for number, own in enumerate(("", "trigger_word = 'b'")):
+        (images / f"{number}").mkdir()
+        text += f"[[datasets.subsets]]\nimage_dir = 'IMAGES/{number}'\nis_reg = true\n{own}\n"
+    words = [subset.trigger_word for subset in resolve(text, trigger_word="c")[0].subsets]
+    assert words == ["a", None, "b"]
 
 
 def test_options_stand_in_under_their_own_names(resolve):

@@ -89,3 +89,8 @@ def test_rates_are_rates():
 def test_secondary_separator_becomes_the_separator():
     text = process("a, b;;;c", caption_separator=";", secondary_separator=";;;")
     assert text == "a, b;c"
+
+
+def test_tags_are_joined_as_in_training_where_validation_shuffles_none():
+    options = {"keep_tokens_separator": "|||", "rejoin_tags": True}
+    assert {process("a ||| b,c ||| d", n, **options) for n in range(9)} == {"a, b, c, d"}
