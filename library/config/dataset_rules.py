@@ -22,10 +22,10 @@ def check(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Not
         faces_can_be_cropped(config, dataset, place, notices)
     for place, subset in _subsets(datasets):
         latents_can_be_cached(config, subset, place)
-        text_can_be_cached(config, subset, place, notices)
         trigger_word_is_a_tag(subset, place)
         masks_fit(subset, place)
         attributes_are_known(subset, place, notices)
+    text_can_be_cached(config, datasets, notices)
     masks_are_there(config, datasets, notices)
     validation_has_images(config, datasets, notices)
 
@@ -84,23 +84,22 @@ def latents_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: st
             raise ConfigError(f"{place}: {name} cannot be used with cache_latents: turn off one of them")
 
 
-def text_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: str, notices: Notices) -> None:
+def text_can_be_cached(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Notices) -> None:
     """Captions that change at each visit are encoded up to a number; dropped ones have the empty caption's."""
     caching = config.caching
-    if not caching.cache_text_encoder_outputs:
-        return
+    subsets = [subset for _, subset in _subsets(datasets)]
     changing = {
-        "shuffle_caption": subset.shuffle_caption,
-        "enable_wildcard": subset.enable_wildcard,
-        "token_warmup_step": subset.token_warmup_step > 0,
-        "caption_tag_dropout_rate": subset.caption_tag_dropout_rate > 0,
+        "shuffle_caption": any(subset.shuffle_caption for subset in subsets),
+        "enable_wildcard": any(subset.enable_wildcard for subset in subsets),
+        "token_warmup_step": any(subset.token_warmup_step > 0 for subset in subsets),
+        "caption_tag_dropout_rate": any(subset.caption_tag_dropout_rate > 0 for subset in subsets),
     }
     given = ", ".join(name for name, on in changing.items() if on)
-    if not given:
+    if not given or not caching.cache_text_encoder_outputs:
         return
     notices.advice.append(
-        f"{place}: text encoder outputs are cached, so {given} can change each caption "
-        f"{caching.text_cache_variants} times at most (text_cache_variants)"
+        f"text encoder outputs are cached, so an image has {caching.text_cache_variants} captions at most by "
+        f"{given}; text_cache_variants changes that"
     )
     if caching.cache_text_encoder_outputs_to_disk and config.training.seed is None:
         notices.advice.append(

@@ -102,9 +102,9 @@ def _vary(
 
 def holds(text: str, trigger: str) -> bool:
     """Whether `text` has the trigger as a word of its own, in capitals or not. Every text has the empty one."""
-    return (
-        re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None if trigger else True
-    )
+    if trigger.lower() not in text.lower():
+        return False
+    return not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _vary_tags(
@@ -112,17 +112,14 @@ def _vary_tags(
 ) -> list[str]:
     """The first `in_use` tags, shuffled and thinned out; tags with the trigger word stay where they are."""
     trigger, rate = settings.trigger_word, settings.caption_tag_dropout_rate
-
-    def held(tag: str) -> bool:
-        return bool(trigger) and holds(tag, trigger or "")
-
-    tags = [tag for number, tag in enumerate(flexible) if number < in_use or held(tag)]
+    held = {tag for tag in flexible if holds(tag, trigger)} if trigger else set[str]()
+    tags = [tag for number, tag in enumerate(flexible) if number < in_use or tag in held]
     if settings.shuffle_caption:
-        free = [number for number, tag in enumerate(tags) if not held(tag)]
+        free = [number for number, tag in enumerate(tags) if tag not in held]
         moved = [tags[free[number]] for number in generator.permutation(len(free))]
         for number, tag in zip(free, moved, strict=True):
             tags[number] = tag
-    return [tag for tag in tags if held(tag) or rate <= 0 or generator.random() >= rate]
+    return [tag for tag in tags if tag in held or rate <= 0 or generator.random() >= rate]
 
 
 def split_tags(text: str, settings: SubsetSettings) -> Tags:

@@ -20,7 +20,7 @@ from torch import Tensor
 from library.adapters.text import FluxTextEncoders
 from library.cache.build import build_latents, build_text
 from library.cache.latents import LatentNeed, LatentStore, latent_needs
-from library.cache.survey import CacheOptions, Work, check_space, survey_latents, survey_text
+from library.cache.survey import CacheOptions, Work, check_memory, check_space, survey_latents, survey_text
 from library.cache.text import TextNeed, TextStore, text_needs
 from library.cache.variants import plan_variants
 from library.config.prompts import SamplePrompt
@@ -109,7 +109,7 @@ class CachingPhase:
         logger.info("%s: %d of %d to encode", what, missing, work.num_checked)
 
     def _announce_size(self, work: Work[TextNeed]) -> None:
-        """Say what this rank will keep. Raises DatasetError if it does not fit on the disk."""
+        """Say what this rank will keep. Raises DatasetError or ConfigError if that does not fit."""
         size = self.loader.text_size()
         for needs, total, place in (
             (work.to_write, size.on_disk(work.to_write), "on disk"),
@@ -118,6 +118,7 @@ class CachingPhase:
             if needs:
                 count = sum(len(need.captions) for need in needs)
                 logger.info("%d captions to encode, about %.1f MB %s", count, total / 1e6, place)
+        check_memory(size.in_memory(work.to_keep), "text_cache_variants")
         check_space([(need.path, size.on_disk([need])) for need in work.to_write], "text_cache_variants")
 
     def _progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:

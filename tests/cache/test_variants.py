@@ -11,11 +11,11 @@ import torch
 from cache_data import ToyText, cache_text, data_of, dataset, planned, write_pictures
 
 from library.cache import npz
-from library.cache.survey import check_space
+from library.cache.survey import check_memory, check_space
 from library.cache.text import OutputSize, TextNeed
 from library.data.dataset import TrainingData, load_batches
 from library.data.plan import Plan, PlanSettings
-from library.errors import DatasetError
+from library.errors import ConfigError, DatasetError
 
 TAGS = "a0, b1, c2, d3, e4, f5, g6, h7"
 EPOCHS = 6
@@ -174,8 +174,11 @@ def test_only_what_a_changed_number_or_caption_adds_is_encoded(folder):
     assert cache_text(made(folder, seed=1, **SHUFFLED), most=3, epochs=EPOCHS)[1].asked
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_encoded(tmp_path):
+def test_room_that_is_too_small_is_told_before_anything_is_encoded(tmp_path):
     need = TextNeed(tmp_path / "a", ("x",))
     check_space([(need.path, 1000)], "text_cache_variants")
     with pytest.raises(DatasetError, match=r"need about 1000000000000 MB.*lower text_cache_variants"):
         check_space([(need.path, 10**18)], "text_cache_variants")
+    check_memory(1000, "text_cache_variants")
+    with pytest.raises(ConfigError, match=r"about 1000000000000 MB of memory.*cache on disk"):
+        check_memory(10**18, "text_cache_variants")

@@ -67,6 +67,21 @@ def test_empty_text_and_false_stop_the_search(resolve):
     assert (subset.caption_prefix, subset.flip_aug, subset.shuffle_caption) == ("", False, True)
 
 
+def test_cached_captions_that_change_are_told_once(resolve):
+    notices = Notices()
+    options = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
+    resolve(dataset("shuffle_caption = true"), notices=notices, **options, text_cache_variants=5)
+    assert notices.advice == [
+        "text encoder outputs are cached, so an image has 5 captions at most by shuffle_caption; "
+        "text_cache_variants changes that",
+        "shuffle_caption draw other captions with each seed, and seed is not given: give one, and the next run "
+        "finds its text encoder outputs cached",
+    ]
+    quiet = Notices()
+    resolve(dataset("caption_dropout_rate = 0.5"), notices=quiet, **options)
+    assert quiet.advice == []
+
+
 def test_regularisation_images_have_a_trigger_word_only_of_their_own(resolve, images):
     text = dataset("trigger_word = 'a'")
     for number, own in enumerate(("", "trigger_word = 'b'")):

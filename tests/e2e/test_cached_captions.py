@@ -119,7 +119,7 @@ def test_a_run_with_every_option_trains_and_names_its_trigger_word(tmp_path, pic
     assert main(["--config_file", str(config)]) == 0
     said = " ".join(capfd.readouterr().err.split())
     assert re.search(r"\d+ captions to encode, about \d+\.\d MB on disk", said)
-    assert "can change each caption 3 times at most (text_cache_variants)" in said
+    assert "an image has 3 captions at most by shuffle_caption, enable_wildcard, token_warmup_step" in said
     assert "captions lack the trigger word 'ohwx' and get it put first" in said
     assert "ohwx at sea" in said
     assert "[trigger]" not in said
