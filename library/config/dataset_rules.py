@@ -103,7 +103,7 @@ def text_can_be_cached(config: TrainConfig, datasets: Sequence[DatasetSettings],
     )
     if caching.cache_text_encoder_outputs_to_disk and config.training.seed is None:
         notices.advice.append(
-            f"{given} draw other captions with each seed, and seed is not given: give one, and the next run finds "
+            f"each seed draws other captions by {given}, and seed is not given: give one, and the next run finds "
             "its text encoder outputs cached"
         )
 

@@ -100,20 +100,22 @@ def read_data(config: TrainConfig, *, seed: int, world_size: int) -> Data:
 
 
 def _trigger_notices(datasets: Sequence[DatasetSettings], found: Discovered) -> Iterator[str]:
-    """Where some captions of a subset have the trigger word and others do not, which may be an oversight."""
+    """Where only some captions of a subset have the trigger word, or [trigger] stands for nothing: oversights,
+    perhaps.
+    """
     for report in found.subsets:
         trigger = datasets[report.dataset].subsets[report.subset].trigger_word
-        if not trigger:
-            continue
         records = [r for r in found.records if (r.dataset, r.subset) == (report.dataset, report.subset)]
-        lacking = [
-            r.path.name for r in records if not holds(r.caption.replace(PLACEHOLDER, trigger), trigger)
-        ]
-        if 0 < len(lacking) < len(records):
-            yield (
-                f"{report.name}: {len(lacking)} of {len(records)} captions lack the trigger word {trigger!r} and "
-                f"get it put first: {', '.join(lacking[:SHOWN])}" + (", ..." if len(lacking) > SHOWN else "")
-            )
+        if trigger:
+            odd = [r for r in records if not holds(r.caption.replace(PLACEHOLDER, trigger), trigger)]
+            said = f"lack the trigger word {trigger!r} and get it put first"
+        else:
+            odd = [r for r in records if PLACEHOLDER in r.caption]
+            said = f"have {PLACEHOLDER} and keep it as it is, since there is no trigger_word for them"
+        if odd and (not trigger or len(odd) < len(records)):
+            names = ", ".join(record.path.name for record in odd[:SHOWN])
+            rest = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
+            yield f"{report.name}: {len(odd)} of {len(records)} captions {said}: {names}{rest}"
 
 
 def _training_data(

@@ -74,7 +74,7 @@ def test_cached_captions_that_change_are_told_once(resolve):
     assert notices.advice == [
         "text encoder outputs are cached, so an image has 5 captions at most by shuffle_caption; "
         "text_cache_variants changes that",
-        "shuffle_caption draw other captions with each seed, and seed is not given: give one, and the next run "
+        "each seed draws other captions by shuffle_caption, and seed is not given: give one, and the next run "
         "finds its text encoder outputs cached",
     ]
     quiet = Notices()

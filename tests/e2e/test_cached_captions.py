@@ -104,6 +104,17 @@ def test_captions_do_not_depend_on_other_images(tmp_path, pictures):
     assert after == {visit: before[visit] for visit in after}
 
 
+def test_a_placeholder_without_a_trigger_word_is_told(tmp_path, pictures):
+    config = load_config(
+        ["--config_file", str(write_config(tmp_path / "c.toml", pictures, tmp_path / "out"))]
+    ).config
+    told = [notice for notice in read_data(config, seed=7, world_size=1).notices if "[trigger]" in notice]
+    assert told == [
+        "2_waves: 1 of 4 captions have [trigger] and keep it as it is, since there is no trigger_word for them: "
+        "picture2.png"
+    ]
+
+
 def test_a_run_with_every_option_trains_and_names_its_trigger_word(tmp_path, pictures, capfd):
     output = tmp_path / "out"
     config = write_config(
