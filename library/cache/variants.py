@@ -87,9 +87,7 @@ def _variants(data: TrainingData, record: ImageRecord, visits: list[When], most:
         when: undropped_caption(data, record, visit=when.visit, step=when.step) for when in [*warming, *full]
     }
     return Variants(
-        own={when.visit: text for when, text in texts.items()}
-        if captions.varies(data.subset(record))
-        else {},
+        own={when.visit: text for when, text in texts.items()},
         warming=tuple((when.step, texts[when]) for when in warming),
         full=tuple(texts[when] for when in full),
     )
