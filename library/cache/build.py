@@ -9,6 +9,7 @@ never by the run's seed, the rank or the batch: latents are the same however the
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from library.randomness import Visit
 
 EncodeImages = Callable[[Tensor, Tensor], Tensor]  # images [B, 3, H, W], noise [B, 16, h, w] -> [B, 16, h, w]
 EncodeCaptions = Callable[[list[str]], TextCond]
+_REMEMBERED = 64  # captions' outputs kept meanwhile, for others of the same text; 8 MB each at 512 tokens
 _CACHE_SEED = 0  # one draw of the posterior for all runs, or every new seed would make the caches stale
 
 
@@ -74,26 +76,44 @@ def build_text(
     text_options: TextOptions,
     options: CacheOptions,
 ) -> int:
-    """Encode all of `work`; returns how many files' captions were encoded. Equal captions of a batch are
-    encoded once.
+    """Encode all of `work`; returns how many files' captions were encoded. What a stale file still holds is
+    kept, and a caption that several files want is encoded once, unless they lie far apart.
     """
     on_disk = set(work.to_write)
     needs = [*work.to_write, *work.to_keep]
+    recent: dict[str, CachedText] = {}
     done = 0
-    for start in range(0, len(needs), options.batch_size):
-        group = needs[start : start + options.batch_size]
-        outputs = _encode_captions(group, encode, options.batch_size)
+    for group in _groups(needs, options.batch_size):
+        outputs = ChainMap[str, CachedText]({}, recent, store.memory)
         for need in group:
-            texts = [outputs[caption] for caption in need.captions]
+            if need in on_disk:
+                outputs |= text.still_valid(need, options=text_options)
+        wanted = dict.fromkeys(caption for need in group for caption in need.captions)
+        missing = [caption for caption in wanted if caption not in outputs]
+        outputs |= _encode_captions(missing, encode, options.batch_size)
+        for need in group:
             if need in on_disk:
                 with _writing(need.path):
-                    text.write_file(need, texts, options=text_options)
+                    text.write_file(need, [outputs[c] for c in need.captions], options=text_options)
             else:
-                store.memory |= {(need.base, caption): outputs[caption] for caption in need.captions}
+                store.memory |= {caption: text.compacted(outputs[caption]) for caption in need.captions}
+        recent = dict([*recent.items(), *((caption, outputs[caption]) for caption in wanted)][-_REMEMBERED:])
         done += len(group)
         if options.progress is not None:
             options.progress(done, len(needs))
     return done
+
+
+def _groups(needs: Sequence[TextNeed], size: int) -> Iterator[list[TextNeed]]:
+    """Needs in order, as many together as have `size` captions; at least one."""
+    group: list[TextNeed] = []
+    for need in needs:
+        if group and sum(len(one.captions) for one in group) + len(need.captions) > size:
+            yield group
+            group = []
+        group.append(need)
+    if group:
+        yield group
 
 
 @contextmanager
@@ -182,11 +202,8 @@ def posterior_noise(need: LatentNeed, purpose: str) -> Tensor:
     return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
 
 
-def _encode_captions(
-    group: Sequence[TextNeed], encode: EncodeCaptions, batch_size: int
-) -> dict[str, CachedText]:
+def _encode_captions(wanted: list[str], encode: EncodeCaptions, batch_size: int) -> dict[str, CachedText]:
     """Outputs by caption, in float32, or float16 where the encoder gives that, as in Kohya's files."""
-    wanted = list(dict.fromkeys(caption for need in group for caption in need.captions))
     outputs: dict[str, CachedText] = {}
     for start in range(0, len(wanted), batch_size):
         chunk = wanted[start : start + batch_size]

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from library.files import atomic
@@ -33,6 +35,13 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 version = np.lib.format.read_magic(member)
                 shapes[name.removesuffix(".npy")] = _READ_HEADER[version](member)[0]
     return shapes
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[NpzFile]:
+    """The file by array name, each array read when it is asked for. Raises one of UNREADABLE, inside too."""
+    with np.load(path, allow_pickle=False) as archive:
+        yield archive
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, Array]:

@@ -9,6 +9,7 @@ called here.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from typing import Generic, TypeVar
 from library.cache import latents, text
 from library.cache.latents import Entry, LatentNeed
 from library.cache.text import TextNeed, TextOptions
+from library.errors import ConfigError, DatasetError
 
 NeedT = TypeVar("NeedT", LatentNeed, TextNeed)
 _NOTICES = {
@@ -109,6 +111,39 @@ def can_write(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def check_space(files: Iterable[tuple[Path, int]], option: str) -> None:
+    """Raise DatasetError where `files`, given with the bytes they will have, do not fit on a disk. `option` is
+    what makes them smaller.
+    """
+    needed: Counter[int] = Counter()
+    folders: dict[int, Path] = {}
+    for path, size in files:
+        disk = path.parent.stat().st_dev
+        needed[disk] += size - (path.stat().st_size if path.exists() else 0)
+        folders[disk] = path.parent
+    for disk, folder in folders.items():
+        free = shutil.disk_usage(folder).free
+        if needed[disk] > free:
+            raise DatasetError(
+                f"the caches need about {needed[disk] / 1e6:.0f} MB, but the disk of {folder} has "
+                f"{free / 1e6:.0f} MB left: free space, lower {option}, or cache in memory"
+            )
+
+
+def check_memory(size: int, option: str) -> None:
+    """Raise ConfigError if so many bytes are more than the machine has, where that can be known. `option` is what
+    makes them fewer.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > present:
+        raise ConfigError(
+            f"the caches need about {size / 1e6:.0f} MB of memory, but this machine has {present / 1e6:.0f} MB: "
+            f"lower {option}, or cache on disk"
+        )
 
 
 def _state_notices(found: Iterable[tuple[NeedT, Entry]]) -> list[str]:

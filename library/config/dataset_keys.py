@@ -59,7 +59,7 @@ def _like(name: str, levels: tuple[str, ...], kinds: tuple[str, ...] = ALL_KINDS
 
 _PLAIN = (
     *("shuffle_caption", "caption_separator", "keep_tokens", "keep_tokens_separator", "secondary_separator"),
-    *("enable_wildcard", "caption_prefix", "caption_suffix", "caption_dropout_rate"),
+    *("enable_wildcard", "trigger_word", "caption_prefix", "caption_suffix", "caption_dropout_rate"),
     *("caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "token_warmup_min", "token_warmup_step"),
     *("color_aug", "flip_aug", "face_crop_aug_range", "random_crop", "resize_interpolation"),
     *("validation_split", "validation_seed"),

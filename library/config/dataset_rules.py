@@ -22,9 +22,10 @@ def check(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Not
         faces_can_be_cropped(config, dataset, place, notices)
     for place, subset in _subsets(datasets):
         latents_can_be_cached(config, subset, place)
-        text_can_be_cached(config, subset, place, notices)
+        trigger_word_is_a_tag(subset, place)
         masks_fit(subset, place)
         attributes_are_known(subset, place, notices)
+    text_can_be_cached(config, datasets, notices)
     masks_are_there(config, datasets, notices)
     validation_has_images(config, datasets, notices)
 
@@ -83,26 +84,41 @@ def latents_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: st
             raise ConfigError(f"{place}: {name} cannot be used with cache_latents: turn off one of them")
 
 
-def text_can_be_cached(config: TrainConfig, subset: SubsetSettings, place: str, notices: Notices) -> None:
-    """Cached text is of one caption; dropping a whole caption is possible, as the empty one is cached too."""
-    if not config.caching.cache_text_encoder_outputs:
-        return
+def text_can_be_cached(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Notices) -> None:
+    """Captions that change at each visit are encoded up to a number; dropped ones have the empty caption's."""
+    caching = config.caching
+    subsets = [subset for _, subset in _subsets(datasets)]
     changing = {
-        "shuffle_caption": subset.shuffle_caption,
-        "token_warmup_step": subset.token_warmup_step > 0,
-        "caption_tag_dropout_rate": subset.caption_tag_dropout_rate > 0,
+        "shuffle_caption": any(subset.shuffle_caption for subset in subsets),
+        "enable_wildcard": any(subset.enable_wildcard for subset in subsets),
+        "token_warmup_step": any(subset.token_warmup_step > 0 for subset in subsets),
+        "caption_tag_dropout_rate": any(subset.caption_tag_dropout_rate > 0 for subset in subsets),
     }
-    for name, on in changing.items():
-        if on:
-            raise ConfigError(
-                f"{place}: {name} cannot be used with "
-                "cache_text_encoder_outputs, as it changes the caption at each "
-                "visit: turn off one of them"
-            )
-    if subset.enable_wildcard:
+    given = ", ".join(name for name, on in changing.items() if on)
+    if not given or not caching.cache_text_encoder_outputs:
+        return
+    notices.advice.append(
+        f"text encoder outputs are cached, so an image has {caching.text_cache_variants} captions at most by "
+        f"{given}; text_cache_variants changes that"
+    )
+    if caching.cache_text_encoder_outputs_to_disk and config.training.seed is None:
         notices.advice.append(
-            f"{place}: enable_wildcard picks once for each image, as the text encoder outputs are cached"
+            f"each seed draws other captions by {given}, and seed is not given: give one, and the next run finds "
+            "its text encoder outputs cached"
         )
+
+
+def trigger_word_is_a_tag(subset: SubsetSettings, place: str) -> None:
+    """It is kept in place as one tag."""
+    trigger = subset.trigger_word or ""
+    if trigger != trigger.strip() or "\n" in trigger:
+        raise ConfigError(f"{place}: trigger_word = {trigger!r} has blanks around it or several lines")
+    for name in ("caption_separator", "secondary_separator", "keep_tokens_separator"):
+        mark = getattr(subset, name)
+        if mark and mark in trigger:
+            raise ConfigError(
+                f"{place}: trigger_word = {trigger!r} must be a single tag, but {name} {mark!r} is in it"
+            )
 
 
 def faces_can_be_cropped(config: TrainConfig, dataset: DatasetSettings, place: str, notices: Notices) -> None:

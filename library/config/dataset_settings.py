@@ -23,9 +23,11 @@ class SubsetSettings:
     keep_tokens_separator: str = ""
     secondary_separator: str | None = None
     enable_wildcard: bool = False
+    trigger_word: str | None = None  # None for regularisation images unless their subset names one
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     shuffle_caption: bool = False
+    rejoin_tags: bool = False  # no key: cut and join captions as shuffling does, without shuffling
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0

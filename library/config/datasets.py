@@ -84,6 +84,8 @@ def _subset(
     values = _fallback(config, _names(SubsetSettings), levels)
     extension = values["caption_extension"]
     values["caption_extension"] = extension if extension.startswith(".") else f".{extension}"
+    if values.get("is_reg"):  # they show what the trigger word does not mean
+        values["trigger_word"] = subset.values.get("trigger_word")
     settings = SubsetSettings(**values)
     for name, folder in (
         ("image_dir", settings.image_dir),

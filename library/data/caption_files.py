@@ -88,7 +88,7 @@ def _read(path: Path, problems: Problems, *, every_line: bool) -> str:
         with path.open(encoding="utf-8-sig") as file:
             lines = file.readlines()
     except UnicodeDecodeError as error:
-        problems.add(path, f"is not UTF-8 text (byte {error.start})")
+        problems.add(path, f"is not UTF-8 text (byte {error.start}): save it as UTF-8")
         return ""
     except OSError as error:
         problems.add(path, f"cannot be read ({error.strerror})")

@@ -3,7 +3,9 @@ generator.
 
 The order of the decisions and what each option touches are Kohya's; the draws come from a generator of this
 visit alone, so they depend on no other sample. `dropped` makes the first draw, so that a caption whose
-encoding is cached is dropped exactly when a live one would be. Nothing here reads files or tokenizes.
+encoding is cached is dropped exactly when a live one would be. `trigger_word`, which Kohya does not know, is
+held in place: a caption that lacks it begins with it, and no tag that holds it is moved or dropped. Nothing
+here reads files or tokenizes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from library.config.dataset_settings import SubsetSettings
 _CHOICE = re.compile(r"\{([^}]+)\}")
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters that stand for doubled braces meanwhile
 JOINER = ", "  # Kohya joins tags with it whatever the separator is
+PLACEHOLDER = "[trigger]"  # stands for the trigger word in captions and sample prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,16 @@ def may_drop(settings: SubsetSettings) -> bool:
     return settings.caption_dropout_rate > 0 or settings.caption_dropout_every_n_epochs > 0
 
 
+def moves_tags(settings: SubsetSettings) -> bool:
+    """Whether the tags of a caption may differ from visit to visit."""
+    return settings.shuffle_caption or settings.token_warmup_step > 0 or settings.caption_tag_dropout_rate > 0
+
+
+def varies(settings: SubsetSettings) -> bool:
+    """Whether two visits of an image may have different captions, dropped ones aside."""
+    return settings.enable_wildcard or moves_tags(settings)
+
+
 def process_caption(
     caption: str,
     settings: SubsetSettings,
@@ -60,26 +73,53 @@ def process_caption(
     """
     if dropped(settings, generator, epoch=epoch):
         return ""
+    return _vary(caption, settings, generator, step=step, max_train_steps=max_train_steps)
+
+
+def undropped_caption(
+    caption: str, settings: SubsetSettings, generator: np.random.Generator, *, step: int, max_train_steps: int
+) -> str:
+    """What `process_caption` gives with the same generator if the caption is not dropped."""
+    dropped(settings, generator, epoch=1)  # makes its draw: those that follow are the same
+    return _vary(caption, settings, generator, step=step, max_train_steps=max_train_steps)
+
+
+def _vary(
+    caption: str, settings: SubsetSettings, generator: np.random.Generator, *, step: int, max_train_steps: int
+) -> str:
     text = _choose(_with_affixes(caption, settings), settings, generator.integers)
-    if settings.shuffle_caption or settings.token_warmup_step > 0 or settings.caption_tag_dropout_rate > 0:
+    trigger = settings.trigger_word or ""
+    if trigger:
+        text = text.replace(PLACEHOLDER, trigger)
+    lead = "" if holds(text, trigger) else trigger
+    if settings.rejoin_tags or moves_tags(settings):  # else the text is left as it is, marks and all
         tags = split_tags(text, settings)
-        flexible = tags.flexible[: _warmed_up(len(tags.flexible), settings, step, max_train_steps)]
-        if settings.shuffle_caption:
-            flexible = [flexible[i] for i in generator.permutation(len(flexible))]
-        rate = settings.caption_tag_dropout_rate
-        if rate > 0:
-            flexible = [tag for tag in flexible if generator.random() >= rate]
+        in_use = _warmed_up(len(tags.flexible), settings, step, max_train_steps)
+        flexible = _vary_tags(tags.flexible, in_use, settings, generator)
         text = JOINER.join([*tags.fixed, *flexible, *tags.suffix])
-    return _with_main_separator(text, settings)
+    return JOINER.join(part for part in (lead, _with_main_separator(text, settings)) if part)
 
 
-def fixed_caption(caption: str, settings: SubsetSettings, generator: np.random.Generator) -> str:
-    """The caption that is encoded once and kept: affixes, separators and one choice of wildcards, nothing
-    that changes by visit.
-    """
-    return _with_main_separator(
-        _choose(_with_affixes(caption, settings), settings, generator.integers), settings
-    )
+def holds(text: str, trigger: str) -> bool:
+    """Whether `text` has the trigger as a word of its own, in capitals or not. Every text has the empty one."""
+    if trigger.lower() not in text.lower():
+        return False
+    return not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _vary_tags(
+    flexible: list[str], in_use: int, settings: SubsetSettings, generator: np.random.Generator
+) -> list[str]:
+    """The first `in_use` tags, shuffled and thinned out; tags with the trigger word stay where they are."""
+    trigger, rate = settings.trigger_word, settings.caption_tag_dropout_rate
+    held = {tag for tag in flexible if holds(tag, trigger)} if trigger else set[str]()
+    tags = [tag for number, tag in enumerate(flexible) if number < in_use or tag in held]
+    if settings.shuffle_caption:
+        free = [number for number, tag in enumerate(tags) if tag not in held]
+        moved = [tags[free[number]] for number in generator.permutation(len(free))]
+        for number, tag in zip(free, moved, strict=True):
+            tags[number] = tag
+    return [tag for tag in tags if tag in held or rate <= 0 or generator.random() >= rate]
 
 
 def split_tags(text: str, settings: SubsetSettings) -> Tags:
@@ -126,11 +166,15 @@ def _with_main_separator(text: str, settings: SubsetSettings) -> str:
     return text
 
 
+def warmup_end(settings: SubsetSettings, max_train_steps: int) -> float:
+    """The step from which on all tags are in use; 0 without token warm-up."""
+    until = settings.token_warmup_step
+    return math.floor(until * max_train_steps) if until < 1 else until
+
+
 def _warmed_up(count: int, settings: SubsetSettings, step: int, max_train_steps: int) -> int:
     """How many flexible tags are in use at this step."""
-    until = settings.token_warmup_step
-    if until < 1:
-        until = math.floor(until * max_train_steps)
+    until = warmup_end(settings, max_train_steps)
     if until <= 0 or step >= until:
         return count
     return math.floor(step * ((count - settings.token_warmup_min) / until)) + settings.token_warmup_min

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -203,34 +204,45 @@ def _mask_picture(data: TrainingData, record: ImageRecord, framing: Framing) -> 
     return images.mask_tensor(images.render(red, framing, data.interpolation(record)))
 
 
-def cached_caption(data: TrainingData, record: ImageRecord) -> str:
-    """The one caption of a record that is encoded and kept; wildcards are decided alike whatever the run's
-    seed.
-    """
-    generator = randomness.generator(0, Visit(record.key, 0), "cached caption")
-    return captions.fixed_caption(record.caption, data.subset(record), generator)
+def undropped_caption(data: TrainingData, record: ImageRecord, *, visit: int, step: int) -> str:
+    """The caption of one visit, `step` being the optimizer step it falls into, whether it is dropped or not."""
+    return captions.undropped_caption(
+        record.caption,
+        data.subset(record),
+        _caption_draws(data, record, visit),
+        step=step,
+        max_train_steps=data.max_train_steps,
+    )
+
+
+def is_dropped(data: TrainingData, record: ImageRecord, *, visit: int, epoch: int) -> bool:
+    """Whether a visit trains with the empty caption. `epoch` counts from 0."""
+    return captions.dropped(data.subset(record), _caption_draws(data, record, visit), epoch=epoch + 1)
+
+
+def _caption_draws(data: TrainingData, record: ImageRecord, visit: int) -> np.random.Generator:
+    return randomness.generator(data.seed, Visit(record.key, visit), "caption")
 
 
 def _read_caption(data: TrainingData, sample: Sample, micro: MicroBatch) -> tuple[str, CachedText | None]:
-    """The processed caption, or the one whose outputs are cached, and these; an encoder that runs all the same
-    gets what the cached one got.
+    """The caption of one visit and, if text is cached, its outputs. An encoder that runs beside the cache gets
+    the same caption.
     """
     record = data.records[sample.record]
-    subset = data.subset(record)
-    generator = randomness.generator(data.seed, Visit(record.key, sample.visit), "caption")
-    epoch = micro.epoch + 1
-    if data.text is not None:
-        dropped = captions.dropped(subset, generator, epoch=epoch)
-        return "" if dropped else cached_caption(data, record), data.text.read(record, dropped=dropped)
-    caption = captions.process_caption(
-        record.caption,
-        subset,
-        generator,
-        step=micro.step,
-        max_train_steps=data.max_train_steps,
-        epoch=epoch,
-    )
-    return caption, None
+    if data.text is None:
+        caption = captions.process_caption(
+            record.caption,
+            data.subset(record),
+            _caption_draws(data, record, sample.visit),
+            step=micro.step,
+            max_train_steps=data.max_train_steps,
+            epoch=micro.epoch + 1,
+        )
+        return caption, None
+    if is_dropped(data, record, visit=sample.visit, epoch=micro.epoch):
+        return "", data.text.read(record, None)
+    caption = data.text.caption(record, visit=sample.visit, step=micro.step)
+    return caption, data.text.read(record, caption)
 
 
 def _stacked(tensors: list[Tensor | None]) -> Tensor | None:

@@ -39,6 +39,10 @@ class LatentReader(Protocol):
 class TextReader(Protocol):
     """Encoded captions by record."""
 
-    def read(self, record: ImageRecord, *, dropped: bool) -> CachedText:
-        """Outputs for the record's caption, or for the empty one."""
+    def caption(self, record: ImageRecord, *, visit: int, step: int) -> str:
+        """Which of the record's encoded captions a visit trains with, `step` being its optimizer step."""
+        ...
+
+    def read(self, record: ImageRecord, caption: str | None) -> CachedText:
+        """Outputs for one of the record's captions, or for the empty one (None)."""
         ...

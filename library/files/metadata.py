@@ -61,6 +61,7 @@ class RunFacts:
     vae: ModelFacts | None = None
     is_schnell: bool = False
     network_args: Mapping[str, object] | None = None  # None when the option is empty
+    trigger_words: tuple[str, ...] = ()
     single_text_encoder_lr: bool = False  # the network takes one rate for all text encoders
     trainer_version: str = "unknown"  # such as "polyrank/0.1.0"
 
@@ -232,7 +233,9 @@ MODELSPEC_KEYS: Mapping[str, Row] = {
     "modelspec.tags": lambda s: s.options["metadata_tags"],
     "modelspec.usage_hint": lambda s: s.options["metadata_usage_hint"],
     "modelspec.merged_from": lambda s: s.options["metadata_merged_from"],
-    "modelspec.trigger_phrase": lambda s: s.options["metadata_trigger_phrase"],
+    "modelspec.trigger_phrase": lambda s: (
+        s.options["metadata_trigger_phrase"] or ", ".join(s.facts.trigger_words) or None
+    ),
     "modelspec.preprocessor": lambda s: s.options["metadata_preprocessor"],
     "modelspec.is_negative_embedding": lambda s: s.options["metadata_is_negative_embedding"],
     "modelspec.thumbnail": lambda s: _thumbnail(s.options["metadata_thumbnail"]),

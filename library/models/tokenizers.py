@@ -54,6 +54,14 @@ class Tokens(NamedTuple):
     t5_mask: Tensor  # [B, L], 1 = token, 0 = padding
 
 
+class Pieces(NamedTuple):
+    """One word as both tokenizers cut it, without their marks of word ends and beginnings."""
+
+    clip: tuple[str, ...]
+    t5: tuple[str, ...]
+    unknown: bool  # T5 has no token for a part of it
+
+
 class FluxTokenizers:
     """Both tokenizers and the T5 length L: 512 for dev, 256 for schnell, or `t5xxl_max_token_length`."""
 
@@ -70,6 +78,22 @@ class FluxTokenizers:
             CheckpointError: not in `folder`, and the hub cannot be reached; says what to set.
         """
         return cls(_load("clip", folder), _load("t5", folder), t5_length)
+
+    @classmethod
+    def load_local(cls, folder: Path | None = None, *, t5_length: int) -> FluxTokenizers | None:
+        """Tokenizers from `folder` or from what was fetched before; None if they are not on this machine."""
+        try:
+            clip, t5 = (_load(kind, folder, local=True) for kind in ("clip", "t5"))
+        except CheckpointError:
+            return None
+        return cls(clip, t5, t5_length)
+
+    def pieces(self, word: str) -> Pieces:
+        """How a word is cut into tokens."""
+        clip = (piece.removesuffix("</w>") for piece in self.clip.tokenize(word))
+        t5 = self.t5.tokenize(word)
+        unknown = self.t5.unk_token_id in self.t5.convert_tokens_to_ids(t5)
+        return Pieces(tuple(clip), tuple(p for piece in t5 if (p := piece.removeprefix("\u2581"))), unknown)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Ids of `captions`; what does not fit is cut off at the end."""
@@ -90,13 +114,13 @@ def _encode(tokenizer: Any, texts: list[str], length: int) -> dict[str, Tensor]:
     return {name: torch.tensor(encoded[name], dtype=torch.int64) for name in ("input_ids", "attention_mask")}
 
 
-def _load(kind: str, folder: Path | None) -> Any:
+def _load(kind: str, folder: Path | None, *, local: bool = False) -> Any:
     names = _SOURCES[kind]
     found = _find(kind, folder, names.folders) if folder else None
     if found is not None:
         return _read(kind, found)
     try:
-        fetched = _fetch(kind)
+        fetched = _fetch(kind, local=local)
     except (OSError, ValueError) as error:
         where = f"{folder} has no folder {names.folders[0]}" if folder else "tokenizer_cache_dir is not set"
         raise CheckpointError(
@@ -105,7 +129,7 @@ def _load(kind: str, folder: Path | None) -> Any:
             "diffusers FLUX.1 or ComfyUI folder."
         ) from error
     tokenizer = _read(kind, fetched)
-    if folder is not None:
+    if folder is not None and not local:
         _keep(tokenizer, folder / names.folders[0])
     return tokenizer
 
@@ -123,8 +147,8 @@ def _read(kind: str, folder: Path) -> Any:
         ) from error
 
 
-def _fetch(kind: str) -> Path:
-    """The folder in the hub's cache with the tokenizer's files, downloaded if they are not there.
+def _fetch(kind: str, *, local: bool = False) -> Path:
+    """The folder in the hub's cache with the tokenizer's files, downloaded if they are not there and not `local`.
 
     File by file, because transformers 5 makes an empty tokenizer, without a word, of a name that it cannot
     reach.
@@ -135,13 +159,15 @@ def _fetch(kind: str) -> Path:
     problem: OSError | ValueError | None = None
     for files in _NEEDED[kind]:
         try:
-            paths = [Path(hf_hub_download(_SOURCES[kind].hub, file)) for file in files]
+            paths = [
+                Path(hf_hub_download(_SOURCES[kind].hub, file, local_files_only=local)) for file in files
+            ]
         except (OSError, ValueError) as error:
             problem = error
             continue
         for extra in ("tokenizer_config.json", "special_tokens_map.json"):
             with suppress(EntryNotFoundError):
-                hf_hub_download(_SOURCES[kind].hub, extra)
+                hf_hub_download(_SOURCES[kind].hub, extra, local_files_only=local)
         return paths[0].parent
     assert problem is not None, "every kind has files"
     raise problem

@@ -20,8 +20,9 @@ from torch import Tensor
 from library.adapters.text import FluxTextEncoders
 from library.cache.build import build_latents, build_text
 from library.cache.latents import LatentNeed, LatentStore, latent_needs
-from library.cache.survey import CacheOptions, Work, survey_latents, survey_text
-from library.cache.text import TextNeed, TextOptions, text_needs
+from library.cache.survey import CacheOptions, Work, check_memory, check_space, survey_latents, survey_text
+from library.cache.text import TextNeed, TextStore, text_needs
+from library.cache.variants import plan_variants
 from library.config.prompts import SamplePrompt
 from library.config.train_config import TrainConfig
 from library.data.dataset import TrainingData
@@ -70,17 +71,14 @@ class CachingPhase:
         """Cache the text outputs, if asked to, and encode sample prompts. The encoders are gone afterwards."""
         config, conditions = self.config, dict[str, TextCond]()
         cached = config.caching.cache_text_encoder_outputs
-        needs, store = text_needs(*(s for s in (data.training, data.validation) if s is not None))
-        text_options = TextOptions(
-            encoder=self.loader.text_identity(),
-            t5_length=self.loader.t5_length,
-            apply_t5_attn_mask=config.model.apply_t5_attn_mask,
-        )
+        needs, store = planned_text(config, data)
+        text_options = self.loader.text_options()
         batch_size = config.caching.text_encoder_batch_size or CAPTION_BATCH
         options = self._options(config.caching.cache_text_encoder_outputs_to_disk, batch_size)
-        work = survey_text(needs if cached else (), text_options=text_options, options=options)
+        work = survey_text(needs, text_options=text_options, options=options)
         if cached:
             self._announce("text encoder outputs", work)
+            self._announce_size(work)
         if work.to_write or work.to_keep or prompts:
             encoders = self.loader.text_encoders(self.backend.world.device)
             with self._progress("caching text encoder outputs") as report:
@@ -110,8 +108,32 @@ class CachingPhase:
         missing = len(work.to_write) + len(work.to_keep)
         logger.info("%s: %d of %d to encode", what, missing, work.num_checked)
 
+    def _announce_size(self, work: Work[TextNeed]) -> None:
+        """Say what this rank will keep. Raises DatasetError or ConfigError if that does not fit."""
+        size = self.loader.text_size()
+        for needs, total, place in (
+            (work.to_write, size.on_disk(work.to_write), "on disk"),
+            (work.to_keep, size.in_memory(work.to_keep), "in memory"),
+        ):
+            if needs:
+                count = sum(len(need.captions) for need in needs)
+                logger.info("%d captions to encode, about %.1f MB %s", count, total / 1e6, place)
+        check_memory(size.in_memory(work.to_keep), "text_cache_variants")
+        check_space([(need.path, size.on_disk([need])) for need in work.to_write], "text_cache_variants")
+
     def _progress(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
         return progress_bar(what, self.console if self.backend.world.is_main else None)
+
+
+def planned_text(config: TrainConfig, data: Data) -> tuple[tuple[TextNeed, ...], TextStore]:
+    """The captions of training and validation that are to be cached, none if text is not, and their store."""
+    if not config.caching.cache_text_encoder_outputs:
+        return text_needs()
+    sources = [(data.training, data.plan)]
+    if data.validation is not None and data.validation_plan is not None:
+        sources.append((data.validation, data.validation_plan))
+    most = config.caching.text_cache_variants
+    return text_needs(*((source, plan_variants(source, plan, most=most)) for source, plan in sources))
 
 
 @contextmanager

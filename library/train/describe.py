@@ -21,6 +21,8 @@ from library.models.flux import Flux
 from library.models.params import ClipParams, FluxParams, T5Params
 from library.models.text_encoders import ClipL, T5Encoder
 from library.train.build import Job, trains_text
+from library.train.caching import planned_text
+from library.train.loading import ModelLoader
 from library.train.prepare import Data, ModelFiles
 from library.train.saving import SAVE_DTYPES
 from networks.interface import create
@@ -71,7 +73,7 @@ def show_plan(loaded: LoadedConfig, files: ModelFiles, data: Data, console: Cons
     console.print(_subsets(data))
     console.print(_buckets(data))
     size = measure_network(config, files)
-    for name, value in _plan_rows(data, size):
+    for name, value in (*_plan_rows(data, size), *_text_rows(config, files, data)):
         console.print(f"{name:<24} {value}", highlight=False)
 
 
@@ -123,6 +125,18 @@ def _plan_rows(data: Data, size: NetworkSize) -> list[tuple[str, str]]:
         ("trainable parameters", f"{size.trainable:,}"),
         ("size of the saved file", f"{size.saved_bytes / 1e6:.1f} MB"),
     ]
+
+
+def _text_rows(config: TrainConfig, files: ModelFiles, data: Data) -> list[tuple[str, str]]:
+    """How many captions the run caches, and how large they are, whether they are there already or not."""
+    if not config.caching.cache_text_encoder_outputs:
+        return []
+    needs, _ = planned_text(config, data)
+    size = ModelLoader(config, files).text_size()
+    on_disk = config.caching.cache_text_encoder_outputs_to_disk
+    megabytes = (size.on_disk(needs) if on_disk else size.in_memory(needs)) / 1e6
+    place = "on disk" if on_disk else "in memory"
+    return [("text encoder outputs", f"{sum(len(n.captions) for n in needs)}, {megabytes:.1f} MB {place}")]
 
 
 def _subsets(data: Data) -> Table:

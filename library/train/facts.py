@@ -16,6 +16,7 @@ from library.files.metadata import ModelFacts, RunFacts, at_save, build
 from library.train.build import Job, Trained
 from library.train.prepare import Data
 from library.train.state import TrainState
+from library.train.trigger import trigger_words
 from networks.plugins import metadata_arguments
 
 
@@ -55,6 +56,7 @@ class MetadataWriter:
             model=model,
             is_schnell=not job.loader.files.is_dev,
             network_args=metadata_arguments(job.config.network),
+            trigger_words=trigger_words(job.data.datasets),
             single_text_encoder_lr=self._trained.network.single_text_encoder_lr,
             trainer_version=f"polyrank/{library.__version__}",
         )

@@ -9,13 +9,16 @@ import torch
 
 from library import randomness
 from library.adapters.text import FluxTextEncoders
+from library.cache.text import OutputSize, TextOptions
 from library.config.train_config import TrainConfig
 from library.distributed.precision import DTYPES
+from library.errors import CheckpointError
 from library.files.hashes import sampled_hash
 from library.models.autoencoder import AutoEncoder
 from library.models.flux import Flux
 from library.models.identify import model_files
 from library.models.load import load_autoencoder, load_clip_l, load_flux, load_t5
+from library.models.params import ClipParams, T5Params
 from library.models.text_encoders import ClipL, T5Encoder
 from library.models.tokenizers import T5_LENGTH, FluxTokenizers
 from library.train.prepare import ModelFiles
@@ -54,6 +57,17 @@ class ModelLoader:
         """Both tokenizers."""
         return FluxTokenizers.load(self.files.tokenizers, t5_length=self.t5_length)
 
+    def any_tokenizers(self) -> FluxTokenizers | None:
+        """Both tokenizers, or None where they cannot be had: a run whose text is cached needs none."""
+        try:
+            return self.tokenizers
+        except CheckpointError:
+            return None
+
+    def local_tokenizers(self) -> FluxTokenizers | None:
+        """Both tokenizers if they are on this machine, without asking a hub."""
+        return FluxTokenizers.load_local(self.files.tokenizers, t5_length=self.t5_length)
+
     def autoencoder(self) -> AutoEncoder:
         """The autoencoder, on the CPU."""
         return load_autoencoder(
@@ -91,8 +105,23 @@ class ModelLoader:
         """What cached latents depend on besides the image."""
         return self._identity("ae", self.autoencoder_dtype)
 
-    def text_identity(self) -> str:
+    def text_options(self) -> TextOptions:
         """What cached text outputs depend on besides the caption."""
+        return TextOptions(
+            encoder=self.text_identity(),
+            t5_length=self.t5_length,
+            apply_t5_attn_mask=self.config.model.apply_t5_attn_mask,
+        )
+
+    def text_size(self) -> OutputSize:
+        """How large the text encoders' outputs are."""
+        clip_l, t5 = (self.files.parts[kind].params() for kind in ("clip_l", "t5xxl"))
+        assert isinstance(clip_l, ClipParams)
+        assert isinstance(t5, T5Params)
+        return OutputSize(clip_l.hidden_size, t5.d_model, self.t5_length, self.dtype.itemsize)
+
+    def text_identity(self) -> str:
+        """Both text encoders and their precision."""
         return f"{self._identity('clip_l', self.dtype)}+{self._identity('t5xxl', self.dtype)}"
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from library.config.datasets import resolve_datasets
 from library.config.notices import Notices
 from library.config.sections.model import ModelConfig
 from library.config.train_config import TrainConfig
+from library.data.captions import PLACEHOLDER, holds, moves_tags
 from library.data.dataset import TrainingData, place_records
 from library.data.discover import Discovered, discover
 from library.data.plan import Plan, PlanSettings, units_per_step
 from library.data.records import ImageRecord
+from library.data.scan import SHOWN
 from library.errors import ConfigError
 from library.models import identify
 from library.models.identify import Part
@@ -93,9 +95,27 @@ def read_data(config: TrainConfig, *, seed: int, world_size: int) -> Data:
         still = tuple(_without_chance(dataset) for dataset in datasets)
         validation = _training_data(still, found.validation, seed=_validation_seed(config, seed))
         validation_plan = _validation_plan(config, validation, world_size=world_size)
-    return Data(
-        datasets, found, training, plan, validation, validation_plan, (*notices.all(), *found.notices)
-    )
+    said = (*notices.all(), *found.notices, *_trigger_notices(datasets, found))
+    return Data(datasets, found, training, plan, validation, validation_plan, said)
+
+
+def _trigger_notices(datasets: Sequence[DatasetSettings], found: Discovered) -> Iterator[str]:
+    """Where only some captions of a subset have the trigger word, or [trigger] stands for nothing: oversights,
+    perhaps.
+    """
+    for report in found.subsets:
+        trigger = datasets[report.dataset].subsets[report.subset].trigger_word
+        records = [r for r in found.records if (r.dataset, r.subset) == (report.dataset, report.subset)]
+        if trigger:
+            odd = [r for r in records if not holds(r.caption.replace(PLACEHOLDER, trigger), trigger)]
+            said = f"lack the trigger word {trigger!r} and get it put first"
+        else:
+            odd = [r for r in records if PLACEHOLDER in r.caption]
+            said = f"have {PLACEHOLDER} and keep it as it is, since there is no trigger_word for them"
+        if odd and (not trigger or len(odd) < len(records)):
+            names = ", ".join(record.path.name for record in odd[:SHOWN])
+            rest = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
+            yield f"{report.name}: {len(odd)} of {len(records)} captions {said}: {names}{rest}"
 
 
 def _training_data(
@@ -155,7 +175,8 @@ def _without_chance(dataset: DatasetSettings) -> DatasetSettings:
         "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0.0, "color_aug": False, "flip_aug": False,
         "random_crop": False,
     }  # fmt: skip
-    return replace(dataset, subsets=tuple(replace(subset, **calm) for subset in dataset.subsets))
+    subsets = (replace(subset, rejoin_tags=moves_tags(subset), **calm) for subset in dataset.subsets)
+    return replace(dataset, subsets=tuple(subsets))
 
 
 def start_step(config: TrainConfig, plan: Plan) -> int:

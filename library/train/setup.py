@@ -14,6 +14,7 @@ from torch import nn
 
 from library.adapters.base import ModelAdapter
 from library.config.load import LoadedConfig
+from library.config.prompts import SamplePrompt
 from library.config.show import output_config
 from library.config.train_config import TrainConfig
 from library.data.dataset import load_batches
@@ -26,17 +27,19 @@ from library.errors import Interrupted
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import setup_logging
+from library.models.tokenizers import FluxTokenizers
 from library.train.build import Job, Trained, build_adapter, build_trained, check_parts, wanted_prompts
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.describe import show_plan, show_result, show_start
 from library.train.facts import MetadataWriter
 from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
-from library.train.prepare import locate_models, read_data, start_step
+from library.train.prepare import Data, locate_models, read_data, start_step
 from library.train.resume import capture, choose_seed, first_state, restore, resumed_run
 from library.train.saving import Saver
 from library.train.signals import StopRequest
 from library.train.trainer import Limits, Listener, Trainer
+from library.train.trigger import doubts, fill_prompts, trigger_words
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +71,10 @@ def dry_run(loaded: LoadedConfig) -> None:
     config = loaded.config
     files = locate_models(config.model)
     say(check_parts(config))
-    wanted_prompts(config)
+    prompts = wanted_prompts(config)
     data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
     say(data.notices)
+    with_trigger(prompts, data, ModelLoader(config, files).local_tokenizers)
     start_step(config, data.plan)
     if launched_rank() == 0:
         show_plan(loaded, files, data, Console())
@@ -87,6 +91,7 @@ def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
     say(data.notices)
     state = first_state(config, data.plan, saved, seed=seed, backend=backend)
     loader = ModelLoader(config, files)
+    prompts = with_trigger(prompts, data, loader.any_tokenizers)
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
     data = phase.latents(data)
     data, conditions = phase.text(data, prompt_texts(prompts))
@@ -94,6 +99,18 @@ def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
         config=config, backend=backend, console=console, loader=loader, data=data, saved=saved, state=state,
         prompts=prompts, conditions=conditions,
     )  # fmt: skip
+
+
+def with_trigger(
+    prompts: tuple[SamplePrompt, ...], data: Data, tokenizers: Callable[[], FluxTokenizers | None]
+) -> tuple[SamplePrompt, ...]:
+    """The prompts with the trigger word in its place; says what is doubtful about it."""
+    words = trigger_words(data.datasets)
+    filled, notices = fill_prompts(prompts, words)
+    say(notices)
+    if words and (found := tokenizers()) is not None:
+        say(doubts(words, found))
+    return filled
 
 
 def train(job: Job) -> Trained:

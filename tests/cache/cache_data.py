@@ -12,9 +12,11 @@ from library.cache.build import build_latents, build_text
 from library.cache.latents import LatentStore, latent_needs
 from library.cache.survey import CacheOptions, survey_latents, survey_text
 from library.cache.text import TextOptions, text_needs
+from library.cache.variants import plan_variants
 from library.config.dataset_settings import DatasetSettings, SubsetSettings
 from library.data.dataset import TrainingData, place_records
 from library.data.discover import discover
+from library.data.plan import Plan, PlanSettings
 from library.data.records import TextCond
 from library.data.resize import resize
 
@@ -103,10 +105,25 @@ def cache_latents(*sources: TrainingData, encode=None, encoder: str = "ae", **op
     return store, encode, work
 
 
-def cache_text(*sources: TrainingData, encode=None, text_options: TextOptions = TEXT, **options):
+def planned(data: TrainingData, *, most: int = 8, epochs: int = 3):
+    """The text that a run of some epochs over `data` needs, and its store."""
+    settings = PlanSettings(
+        seed=data.seed, batch_sizes=(2,) * len(data.datasets), units_per_step=1, max_train_epochs=epochs
+    )
+    return text_needs((data, plan_variants(data, Plan(data.planned_images(), settings), most=most)))
+
+
+def cache_text(
+    data: TrainingData,
+    encode=None,
+    text_options: TextOptions = TEXT,
+    most: int = 8,
+    epochs: int = 3,
+    **options,
+):
     encode = encode or ToyText()
     settings = CacheOptions(**{"batch_size": 2, **options})
-    needs, store = text_needs(*sources)
+    needs, store = planned(data, most=most, epochs=epochs)
     work = survey_text(needs, text_options=text_options, options=settings)
     build_text(work, store, encode, text_options=text_options, options=settings)
     return store, encode, work

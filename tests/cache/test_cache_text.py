@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_data import TEXT, ToyText, cache_text, data_of, dataset, write_pictures
+from cache_data import TEXT, ToyText, cache_text, data_of, dataset, planned, write_pictures
 
 from library.cache import npz
-from library.cache.text import Entry, check_file, text_needs
+from library.cache.text import Entry, check_file
 from library.data.dataset import read_batch
 from library.data.plan import MicroBatch, Sample
 from library.errors import DatasetError
@@ -24,7 +24,7 @@ def folder(tmp_path) -> Path:
 
 
 def states(data, options=TEXT, **more) -> list[Entry]:
-    return [check_file(need, options=options, **more) for need in text_needs(data)[0]]
+    return [check_file(need, options=options, **more) for need in planned(data)[0]]
 
 
 def value(caption: str) -> float:
@@ -50,7 +50,7 @@ def test_stored_precision_is_kohyas(folder, given, stored):
     data = data_of(dataset(folder))
     store, _, _ = cache_text(data, encode=ToyText(dtype=getattr(torch, given)))
     assert str(npz.read_all(folder / "0_flux_te.npz")["t5_out"].dtype) == stored
-    assert store.read(data.records[0], dropped=False).t5_hidden.dtype == torch.float32
+    assert store.read(data.records[0], "caption 0").t5_hidden.dtype == torch.float32
 
 
 @pytest.mark.parametrize("to_disk", [True, False])
@@ -60,7 +60,7 @@ def test_what_is_read_is_what_the_encoder_gave(folder, to_disk):
     assert bool(list(folder.glob("*.npz"))) == to_disk
     assert sorted(encode.asked) == [f"P caption {number}" for number in range(3)]
     for number, record in enumerate(data.records):
-        text = store.read(record, dropped=False)
+        text = store.read(record, f"P caption {number}")
         assert torch.equal(text.clip_pooled, torch.full((3,), value(f"P caption {number}")))
         assert text.t5_hidden.shape == (4, 5)
         assert text.t5_mask.tolist() == [1] * 4
@@ -116,17 +116,13 @@ def test_datasets_that_treat_a_caption_differently_share_the_file(folder):
     store, encode, _ = cache_text(data)
     assert len(encode.asked) == 6
     assert cache_text(data)[1].asked == []
-    read = [store.read(record, dropped=False).clip_pooled[0].item() for record in data.records]
+    read = [
+        store.read(record, store.caption(record, visit=0, step=0)).clip_pooled[0].item()
+        for record in data.records
+    ]
     captions = [f"caption {n}" for n in range(3)]
     assert read == [value(one) for one in captions] + [value("P " + one) for one in captions]
     assert npz.read_all(folder / "0_flux_te.npz")["l_pooled"][0] == value("caption 0")
-
-
-def test_wildcards_are_decided_once(folder):
-    (folder / "0.txt").write_text("a {red|green|blue} ball")
-    first = cache_text(data_of(dataset(folder, enable_wildcard=True)))[1].asked
-    assert first[0] in {f"a {colour} ball" for colour in ("red", "green", "blue")}
-    assert cache_text(data_of(dataset(folder, enable_wildcard=True), seed=99))[1].asked == []
 
 
 def kohyas_file(path: Path, *, length: int = 4, apply: bool = False) -> None:
@@ -149,7 +145,21 @@ def test_kohyas_files_are_taken_if_shapes_and_mask_option_fit(folder):
     store, encode, work = cache_text(data)
     assert encode.asked == ["caption 1", "caption 2"]
     assert len(work.notices) == 2
-    assert store.read(data.records[0], dropped=False).clip_pooled.tolist() == [7.0] * 3
+    assert store.read(data.records[0], "caption 0").clip_pooled.tolist() == [7.0] * 3
+
+
+def test_kohyas_files_hold_the_caption_as_it_was_read(folder):
+    for number in range(3):
+        kohyas_file(folder / f"{number}_flux_te.npz")
+    assert states(data_of(dataset(folder))) == [Entry.FOREIGN] * 3
+    for options in ({"caption_prefix": "P"}, {"trigger_word": "ohwx"}):
+        assert states(data_of(dataset(folder, **options))) == [Entry.STALE] * 3
+    (folder / "0.txt").write_text("{a|b}")
+    assert states(data_of(dataset(folder, enable_wildcard=True))) == [
+        Entry.STALE,
+        Entry.FOREIGN,
+        Entry.FOREIGN,
+    ]
 
 
 def test_damaged_and_lost_files(folder):
@@ -158,7 +168,7 @@ def test_damaged_and_lost_files(folder):
     path = folder / "0_flux_te.npz"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DatasetError, match=r"0_flux_te\.npz cannot be read"):
-        store.read(data.records[0], dropped=False)
+        store.read(data.records[0], "caption 0")
     assert cache_text(data)[1].asked == ["caption 0"]
 
 
@@ -171,7 +181,7 @@ def test_a_flipped_byte_is_found_when_read(folder):
     content[position] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(DatasetError, match="cannot be read any more"):
-        store.read(data.records[0], dropped=False)
+        store.read(data.records[0], "caption 0")
 
 
 def test_division_over_ranks_makes_every_file_once(folder):

@@ -42,7 +42,7 @@ def dataset(general="", own="", subset=""):
 def test_every_key_lands_in_a_setting():
     fields = set(DatasetSettings.__dataclass_fields__) | set(SubsetSettings.__dataclass_fields__)
     assert set(KEYS) - fields == {"network_multiplier"}
-    assert fields - set(KEYS) == {"subsets", "prior_loss_weight"}
+    assert fields - set(KEYS) == {"subsets", "prior_loss_weight", "rejoin_tags"}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,30 @@ def test_empty_text_and_false_stop_the_search(resolve):
     (settings,) = resolve(text, caption_prefix="b", shuffle_caption=True)
     subset = settings.subsets[0]
     assert (subset.caption_prefix, subset.flip_aug, subset.shuffle_caption) == ("", False, True)
+
+
+def test_cached_captions_that_change_are_told_once(resolve):
+    notices = Notices()
+    options = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
+    resolve(dataset("shuffle_caption = true"), notices=notices, **options, text_cache_variants=5)
+    assert notices.advice == [
+        "text encoder outputs are cached, so an image has 5 captions at most by shuffle_caption; "
+        "text_cache_variants changes that",
+        "each seed draws other captions by shuffle_caption, and seed is not given: give one, and the next run "
+        "finds its text encoder outputs cached",
+    ]
+    quiet = Notices()
+    resolve(dataset("caption_dropout_rate = 0.5"), notices=quiet, **options)
+    assert quiet.advice == []
+
+
+def test_regularisation_images_have_a_trigger_word_only_of_their_own(resolve, images):
+    text = dataset("trigger_word = 'a'")
+    for number, own in enumerate(("", "trigger_word = 'b'")):
+        (images / f"{number}").mkdir()
+        text += f"[[datasets.subsets]]\nimage_dir = 'IMAGES/{number}'\nis_reg = true\n{own}\n"
+    words = [subset.trigger_word for subset in resolve(text, trigger_word="c")[0].subsets]
+    assert words == ["a", None, "b"]
 
 
 def test_options_stand_in_under_their_own_names(resolve):
@@ -228,21 +252,11 @@ def test_left_out_subsets_are_named(resolve, images, tmp_path):
         ("batch_size = 4", {"global_batch_size": 8}, None),
         ("color_aug = true", {"cache_latents": True}, "color_aug cannot be used with cache_latents"),
         ("random_crop = true", {"cache_latents": True}, "random_crop cannot be used with cache_latents"),
-        (
-            "shuffle_caption = true",
-            {"cache_text_encoder_outputs": True},
-            "shuffle_caption cannot be used with",
-        ),
-        (
-            "token_warmup_step = 5",
-            {"cache_text_encoder_outputs": True},
-            "token_warmup_step cannot be used with",
-        ),
-        (
-            "caption_tag_dropout_rate = 0.1",
-            {"cache_text_encoder_outputs": True},
-            "caption_tag_dropout_rate cannot",
-        ),
+        ("shuffle_caption = true", {"cache_text_encoder_outputs": True}, None),
+        ("token_warmup_step = 5", {"cache_text_encoder_outputs": True}, None),
+        ("caption_tag_dropout_rate = 0.1", {"cache_text_encoder_outputs": True}, None),
+        ("trigger_word = 'ohwx, man'", {}, "trigger_word = 'ohwx, man' must be a single tag"),
+        ("trigger_word = ' ohwx'", {}, "has blanks around it"),
         ("caption_dropout_rate = 0.1", {"cache_text_encoder_outputs": True}, None),
         ("shuffle_caption = true\ncolor_aug = true", {}, None),
     ],

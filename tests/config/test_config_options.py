@@ -19,7 +19,7 @@ from library.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 KOHYA = {row["dest"]: row for row in json.loads((ROOT / "tests/data/config/kohya_options.json").read_text())}
-OURS = {"global_batch_size", "dry_run", "strict_config"}
+OURS = {"global_batch_size", "dry_run", "strict_config", "text_cache_variants", "trigger_word"}
 # The type that Kohya's parser declares for options of each of our types.
 KOHYA_TYPES = {
     "bool": "bool",

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from picture_files import golden
 
 from library.config.dataset_settings import SubsetSettings
-from library.data.captions import dropped, fixed_caption, process_caption
+from library.data.captions import process_caption
 from library.randomness import Visit, generator
 
 RANDOM = {"shuffle_caption", "caption_tag_dropout_rate", "caption_dropout_rate", "enable_wildcard"}
@@ -93,15 +91,6 @@ def test_secondary_separator_becomes_the_separator():
     assert text == "a, b;c"
 
 
-@given(number=st.integers(0, 10_000))
-def test_cached_text_is_dropped_in_the_same_visits(number):
-    settings = SubsetSettings(caption_dropout_rate=0.5, shuffle_caption=True)
-    live = process_caption("a, b", settings, rng(number), step=0, max_train_steps=9, epoch=1) == ""
-    assert live == dropped(settings, rng(number), epoch=1)
-
-
-def test_fixed_caption_has_what_does_not_change():
-    settings = SubsetSettings(
-        caption_prefix="P", shuffle_caption=True, caption_dropout_rate=1.0, secondary_separator="|"
-    )
-    assert fixed_caption("c, b|a\nsecond", settings, rng()) == "P c, b,a"
+def test_tags_are_joined_as_in_training_where_validation_shuffles_none():
+    options = {"keep_tokens_separator": "|||", "rejoin_tags": True}
+    assert {process("a ||| b,c ||| d", n, **options) for n in range(9)} == {"a, b, c, d"}

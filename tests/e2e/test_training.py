@@ -216,7 +216,10 @@ def test_help_answers_at_once():
     [
         {"cache_latents": False, "flip_aug": True, "random_crop": True, "color_aug": True},
         {"cache_text_encoder_outputs": False, "shuffle_caption": True, "caption_dropout_rate": 0.3},
-        {"network_train_unet_only": None, "text_encoder_lr": [1e-3], "caption_dropout_rate": 0.5},
+        {
+            "network_train_unet_only": None, "text_encoder_lr": [1e-3], "caption_dropout_rate": 0.5,
+            "shuffle_caption": True,
+        },
         {
             "network_train_unet_only": None, "cache_text_encoder_outputs": False, "apply_t5_attn_mask": True,
             "network_args": ["train_t5xxl=True"], "gradient_checkpointing": True,

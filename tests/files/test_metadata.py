@@ -170,6 +170,8 @@ def test_no_metadata_keeps_what_readers_need() -> None:
         ({"clip_skip": 2}, {}, "modelspec.encoder_layer", "2"),
         ({"metadata_tags": "a,b"}, {}, "modelspec.tags", "a,b"),
         ({"metadata_trigger_phrase": "sks"}, {}, "modelspec.trigger_phrase", "sks"),
+        ({}, {"trigger_words": ("a", "b")}, "modelspec.trigger_phrase", "a, b"),
+        ({"metadata_trigger_phrase": "sks"}, {"trigger_words": ("a",)}, "modelspec.trigger_phrase", "sks"),
         ({"text_encoder_lr": (1e-4, 2e-5)}, {}, "ss_text_encoder_lr", "[0.0001, 2e-05]"),
         ({"text_encoder_lr": (1e-4, 2e-5)}, {"single_text_encoder_lr": True}, "ss_text_encoder_lr", "0.0001"),
         ({"gradient_accumulation_steps": 3}, {"world_size": 4}, "ss_total_batch_size", "24"),

@@ -20,6 +20,13 @@ class CachingConfig:
     cache_text_encoder_outputs_to_disk: bool = option(
         False, "keep the outputs beside the images; implies cache_text_encoder_outputs"
     )
+    text_cache_variants: int = option(
+        8,
+        "captions of an image that are encoded where they change from visit to visit (shuffle_caption, wildcards "
+        "and the like); with as many as an image has visits, training is as without the cache",
+        limit=Limit(ge=1, le=256, unit="captions"),
+        ours=True,
+    )
     text_encoder_batch_size: int | None = option(
         None,
         "captions encoded at once; unset is 16",

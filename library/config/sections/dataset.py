@@ -55,6 +55,12 @@ class DatasetConfig:
     )
     secondary_separator: str | None = option(None, "second separator, for tags that stay together")
     enable_wildcard: bool = option(False, "{a|b} picks one, and one line of a caption is used")
+    trigger_word: str | None = option(
+        None,
+        "word that comes first in captions that lack it, in place of [trigger] in captions and sample_prompts; "
+        "not for regularisation images",
+        ours=True,
+    )
     caption_prefix: str | None = option(None, "text before every caption")
     caption_suffix: str | None = option(None, "text after every caption")
     caption_dropout_rate: float = option(0.0, "share of visits with an empty caption", limit=RATE)

@@ -21,6 +21,6 @@ class MetadataConfig:
     metadata_usage_hint: str | None = option(None, "how to use it")
     metadata_thumbnail: str | None = option(None, "thumbnail as a data URL")
     metadata_merged_from: str | None = option(None, "models it was merged from")
-    metadata_trigger_phrase: str | None = option(None, "words that trigger it")
+    metadata_trigger_phrase: str | None = option(None, "words that trigger it; unset is trigger_word")
     metadata_preprocessor: str | None = option(None, "preprocessing it needs")
     metadata_is_negative_embedding: str | None = option(None, "whether it is a negative embedding")
