@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from library.config.dataset_settings import DatasetSettings, SubsetSettings
+from library.config.dataset_settings import PRESERVATION, DatasetSettings, SubsetSettings
 from library.config.notices import Notices
 from library.config.train_config import TrainConfig
 from library.errors import ConfigError
@@ -132,11 +132,13 @@ def faces_can_be_cropped(config: TrainConfig, dataset: DatasetSettings, place: s
 
 
 def attributes_are_known(subset: SubsetSettings, place: str, notices: Notices) -> None:
-    """Kohya reads one of them, diff_output_preservation."""
-    if subset.custom_attributes:
-        notices.remarks.append(
-            f"{place}: custom_attributes have no effect in this version: {', '.join(subset.custom_attributes)}"
-        )
+    """Kohya reads one of them, a yes or no."""
+    attributes = dict(subset.custom_attributes)
+    preserves = attributes.pop(PRESERVATION, False)
+    if not isinstance(preserves, bool):
+        raise ConfigError(f"{place}: custom_attributes {PRESERVATION} = {preserves!r} must be true or false")
+    if attributes:
+        notices.remarks.append(f"{place}: custom_attributes without effect: {', '.join(attributes)}")
 
 
 def masks_fit(subset: SubsetSettings, place: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+PRESERVATION = "diff_output_preservation"  # the one custom attribute that Kohya's trainer reads
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubsetSettings:
@@ -43,6 +45,11 @@ class SubsetSettings:
     validation_split: float = 0.0
     validation_seed: int | None = None
     custom_attributes: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def preserves(self) -> bool:
+        """Whether its images are trained towards the frozen model's own answer (diff_output_preservation)."""
+        return bool(self.custom_attributes.get(PRESERVATION))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

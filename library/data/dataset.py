@@ -50,6 +50,11 @@ class TrainingData:
         """The resize method asked for."""
         return self.subset(record).resize_interpolation
 
+    @property
+    def preserves(self) -> bool:
+        """Whether any subset has diff_output_preservation."""
+        return any(subset.preserves for dataset in self.datasets for subset in dataset.subsets)
+
     def planned_images(self) -> tuple[PlannedImage, ...]:
         """The records as the plan takes them."""
         return tuple(
@@ -126,6 +131,9 @@ def read_batch(data: TrainingData, micro: MicroBatch) -> Batch:
         loss_weights=torch.tensor(weights, dtype=torch.float32),
         shares=torch.tensor(micro.shares, dtype=torch.float32),
         mask=_stacked_masks([one.mask for one in pixels], micro),
+        preserve=torch.tensor([data.subset(record).preserves for record in records])
+        if data.preserves
+        else None,
     )
 
 

@@ -77,6 +77,8 @@ class Batch:
     loss_weights: Tensor  # [B] float32: 1, or prior_loss_weight for regularisation images
     shares: Tensor  # [B] float32: the sample's share of its optimizer step, 1/samples, or 0 for padding
     mask: Tensor | None  # [B, 1, H, W] float32 in [0, 1], weight of each pixel in the loss
+    # [B] bool: samples trained towards the frozen model's own answer; None in a run that has none of them
+    preserve: Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory; torch's loader calls it by this name."""
@@ -88,6 +90,7 @@ class Batch:
             loss_weights=self.loss_weights.pin_memory(),
             shares=self.shares.pin_memory(),
             mask=_pinned(self.mask),
+            preserve=_pinned(self.preserve),
         )
 
 

@@ -102,6 +102,8 @@ def build_trained(job: Job) -> Trained:
     network = create(config.network, text_encoders=encoders, transformer=transformer)
     network.prepare(config.flat())
     network.apply()
+    if job.data.training.preserves:
+        network.set_multiplier(1.0)  # a network that cannot is refused here, not in the first step
     _place(network, config, device)
     if config.memory.gradient_checkpointing:
         _checkpoint_activations(transformer, clip_l, t5, network)

@@ -283,9 +283,9 @@ def test_rules_over_datasets(resolve, own, options, message):
             ],
         ),
         (
-            "custom_attributes = {diff_output_preservation = true}",
+            "custom_attributes = {diff_output_preservation = true, weight = 2}",
             {},
-            ["custom_attributes have no effect in this version: diff_output_preservation"],
+            ["custom_attributes without effect: weight"],
         ),
     ],
 )

@@ -286,3 +286,9 @@ def test_data_can_be_sent_to_a_worker_that_is_not_forked(tmp_path):
     attributes = KEYS["custom_attributes"].reader.read({"a": 1}, "dataset.toml")
     data = make(tmp_path, custom_attributes=attributes)
     assert pickle.loads(pickle.dumps(data)) == data
+
+
+def test_subsets_that_preserve_the_model_mark_their_samples(tmp_path):
+    assert single(make(tmp_path / "plain"), 0).preserve is None
+    marked = make(tmp_path / "marked", custom_attributes={"diff_output_preservation": True})
+    assert single(marked, 0).preserve.tolist() == [True]

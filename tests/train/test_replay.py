@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +166,31 @@ def test_the_first_gradients_are_those_of_the_reference(run: str, network: Netwo
         assert float((gradient - expected).abs().max()) <= GRADIENT_TOLERANCE * float(expected.abs().max()), (
             key
         )
+
+
+def test_preserved_samples_are_trained_towards_the_frozen_model():
+    """diff_output_preservation: the target is the answer without the network, and no gradient flows through it."""
+    trainer, batches = trainer_of("replay_shift", LORA_FLUX)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainer.parameters:
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    batch = replace(next(batches), preserve=torch.tensor([True, False]))
+    inputs = trainer.adapter.inputs(batch)
+    draw = trainer.objective.draw(inputs.latents, batch.visits, seed=0)
+    with torch.no_grad():
+        trained = trainer.module(draw.x_t, draw.t, inputs.cond)
+        trainer.network.set_multiplier(0.0)
+        frozen = trainer.module(draw.x_t, draw.t, inputs.cond)
+        trainer.network.set_multiplier(1.0)
+    expected = ((trained[0] - frozen[0]).square().mean() + (trained[1] - draw.target[1]).square().mean()) / 2
+    assert float(trainer.micro_step(batch)) == pytest.approx(float(expected), rel=1e-5)
+    both = [p.grad.clone() for p in trainer.parameters if p.grad is not None]
+    # The second sample's own gradient and the first one's towards a fixed target add up to it.
+    for p in trainer.parameters:
+        p.grad = None
+    prediction = trainer.module(draw.x_t, draw.t, inputs.cond)
+    target = torch.stack([frozen[0], draw.target[1]])
+    ((prediction - target).square().mean(dim=(1, 2, 3)).sum() / 2).backward()
+    for found, wanted in zip(both, (p.grad for p in trainer.parameters), strict=True):
+        torch.testing.assert_close(found, wanted)
