@@ -152,12 +152,13 @@ def huber_has_a_schedule(context: Context) -> None:
 
 
 def precision_fits(context: Context) -> None:
-    """bf16 weights and fp8 storage need a 16-bit computation."""
+    """16-bit weights need their own computation, fp8 storage a 16-bit one."""
     training, memory = context.config.training, context.config.memory
-    if training.full_bf16 and training.mixed_precision != "bf16":
-        raise ConfigError(
-            f"{context.said('full_bf16')} needs mixed_precision bf16, not {training.mixed_precision}"
-        )
+    for name, needed in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
+        if context.config.value(name) and training.mixed_precision != needed:
+            raise ConfigError(
+                f"{context.said(name)} needs mixed_precision {needed}, not {training.mixed_precision}"
+            )
     if memory.fp8_base and training.mixed_precision == "no":
         raise ConfigError(
             f"{context.said('fp8_base')} needs mixed_precision bf16 or fp16: set mixed_precision to bf16"

@@ -98,7 +98,9 @@ class BlockSwap:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._at, self._down = 0, False
         self.lanes = [
-            _Lane({number: _TravellingBlock(blocks[number], device) for number in numbers}, device, self._copies)
+            _Lane(
+                {number: _TravellingBlock(blocks[number], device) for number in numbers}, device, self._copies
+            )
             for numbers in (plan.double, plan.single)
             if numbers
         ]
@@ -110,6 +112,11 @@ class BlockSwap:
     def resident(self) -> frozenset[int]:
         """The travelling blocks whose weights are on the device now."""
         return frozenset(number for lane in self.lanes for number in lane.resident)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks travel."""
+        return len(self._travelling)
 
     @property
     def host_bytes(self) -> int:

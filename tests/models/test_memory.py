@@ -124,7 +124,9 @@ def test_swapping_changes_no_output_and_no_gradient(swapped, blocks):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize(("adapter", "fp8"), [("lokr", False), ("dora", False), ("lora", True), ("lokr", True)])
+@pytest.mark.parametrize(
+    ("adapter", "fp8"), [("lokr", False), ("dora", False), ("lora", True), ("lokr", True)]
+)
 def test_other_adapters_and_8_bit_weights_swap_too(adapter, fp8, recompute):
     def run(swapped: int) -> list[torch.Tensor]:
         model, network = trained(adapter, fp8=fp8)
