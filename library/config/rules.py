@@ -27,6 +27,11 @@ OTHER_MODULES = {
 }
 GONE_BACKENDS = ("aot_ts_nvfuser", "nvprims_nvfuser", "ofi", "fx2trt", "tensort")
 PROMPT_FILES = (".txt", ".toml", ".json")
+# Seen to give NaN at the first step on fp16 weights
+NOT_IN_FP16 = frozenset(
+    {"adamw", "adamw_torch", "adamw_torch_fused", "adam", "nadam", "adamax", "rmsprop", "adagrad",
+     "adamwschedulefree"}
+)  # fmt: skip
 ADAPTIVE_OPTIMIZERS = ("prodigy", "dadapt")  # they find the rate themselves; learning_rate is a factor near 1
 
 
@@ -166,6 +171,16 @@ def precision_fits(context: Context) -> None:
     if training.mixed_precision == "fp16":
         context.notices.advice.append(
             f"{context.said('mixed_precision')}: FLUX can overflow in fp16; bf16 is recommended"
+        )
+
+
+def optimizer_fits_half_weights(context: Context) -> None:
+    """Averages of squared gradients, kept in the weights' dtype, become 0 in fp16, and steps 0 / 0."""
+    name = context.config.optimizer.optimizer_type.lower().rpartition(".")[2] or "adamw"
+    if context.config.training.full_fp16 and name in NOT_IN_FP16:
+        raise ConfigError(
+            f"{context.said('full_fp16')} ends in NaN with {context.said('optimizer_type')}, whose averages do "
+            "not fit into fp16: use AdamW8bit, Adafactor or Lion, or full_bf16"
         )
 
 
@@ -325,6 +340,7 @@ RULES = (
     schedule_is_known,
     huber_has_a_schedule,
     precision_fits,
+    optimizer_fits_half_weights,
     length_is_given_once,
     batch_is_given_once,
     network_parts_fit,
