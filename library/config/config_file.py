@@ -13,7 +13,7 @@ from typing import Any
 
 from library.config.cli import Given
 from library.config.foreign import ALIASES, DATASET_TABLES, OLD_SWAP_KEYS, WITHOUT_EFFECT
-from library.config.kinds import KINDS, is_unset
+from library.config.kinds import is_unset, to_int
 from library.config.names import nearest
 from library.config.notices import Notices
 from library.config.toml_file import key_lines, parse_toml, read_text
@@ -68,17 +68,19 @@ def _place_old_swap_keys(strangers: dict[str, Given], given: dict[str, Given], n
         return []
     if "blocks_to_swap" in given:
         return [f"{key} (blocks_to_swap is given)" for key in old]
-    steps = 0.0
-    for key, value in old.items():
-        try:
-            steps += OLD_SWAP_KEYS[key] * KINDS["int"].convert(value.raw)
-        except ValueError as error:
-            raise ConfigError(f"{value.place}: {key} = {value.raw!r} {error}") from None
+    steps = math.ceil(sum(OLD_SWAP_KEYS[key] * _whole_number(key, value) for key, value in old.items()))
     place = next(iter(old.values())).place
-    given["blocks_to_swap"] = Given(math.ceil(steps), place)
+    given["blocks_to_swap"] = Given(steps, place)
     said = " and ".join(f"{key} = {value.raw}" for key, value in old.items())
-    notices.remarks.append(f"{place}: {said}, an old form, is taken as blocks_to_swap = {math.ceil(steps)}")
+    notices.remarks.append(f"{place}: {said}, an old form, is taken as blocks_to_swap = {steps}")
     return []
+
+
+def _whole_number(key: str, value: Given) -> int:
+    try:
+        return to_int(value.raw)
+    except ValueError as error:
+        raise ConfigError(f"{value.place}: {key} = {value.raw!r} {error}") from None
 
 
 def _place_strangers(strangers: dict[str, Given], given: dict[str, Given], notices: Notices) -> None:

@@ -52,7 +52,9 @@ class DdpBackend:
         # What is frozen is no business of DDP's, which would want all of it on one device: blocks may wait
         # in main memory.
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+            module, frozen
+        )
         self._module = DistributedDataParallel(
             module,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,

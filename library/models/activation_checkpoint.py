@@ -60,7 +60,7 @@ class SavedOnHost:
         self._smallest = smallest  # bytes
         self._newest: Callable[[], _Waiting | None] = _nothing
         self._leaving: deque[_Waiting] = deque()
-        self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
+        self._streams: dict[torch.device, tuple[torch.cuda.Stream, ...]] = {}
 
     def hooks(self) -> saved_tensors_hooks:
         """Context in which what autograd saves goes to main memory."""
@@ -94,12 +94,13 @@ class SavedOnHost:
         assert saved.copied is not None, "it was copied one way or the other"
         torch.cuda.current_stream(saved.device).wait_event(saved.copied)
         self._leaving.clear()  # the last ones saved are the first ones used: no need to fetch them again
-        saved.here = None
-        earlier = saved.before()
-        for _ in range(_IN_FLIGHT):
-            if earlier is not None:
+        saved.here, saved.used = None, True
+        earlier, ahead = saved.before(), 0
+        while earlier is not None and ahead < _IN_FLIGHT:
+            if not earlier.used:  # what one block saved comes back in the order in which it went
                 self._fetch(earlier)
-                earlier = earlier.before()
+                ahead += 1
+            earlier = earlier.before()
         return tensor
 
     def _fetch(self, waiting: _Waiting) -> Tensor:
@@ -110,7 +111,7 @@ class SavedOnHost:
 
     def _stream(self, device: torch.device, *, arriving: bool) -> torch.cuda.Stream:
         if device not in self._streams:
-            self._streams[device] = (torch.cuda.Stream(device), torch.cuda.Stream(device))
+            self._streams[device] = tuple(torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         return self._streams[device][arriving]
 
 
@@ -123,6 +124,7 @@ class _Waiting:
     before: Callable[[], _Waiting | None]  # the tensor saved just before, if it is still wanted
     here: Tensor | None = field(default=None, repr=False)
     copied: torch.cuda.Event | None = None
+    used: bool = False  # it came back, so the ones before it are next
 
     def let_go(self) -> None:
         """Give the tensor's memory back to the current stream, which waits for a copy that is under way."""
@@ -140,7 +142,8 @@ def _copy(source: Tensor, target: Tensor, stream: torch.cuda.Stream) -> torch.cu
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)
-        return stream.record_event()
+        done: torch.cuda.Event = stream.record_event()
+    return done
 
 
 def _nothing() -> None:

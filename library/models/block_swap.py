@@ -95,7 +95,9 @@ class BlockSwap:
 
     def __init__(self, blocks: Sequence[nn.Module], plan: SwapPlan, device: torch.device) -> None:
         self.plan = plan
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._at, self._down = 0, False
         self.lanes = [
             _Lane(
@@ -227,17 +229,17 @@ class _Lane:
             self.blocks[number].use(self.blocks[number].host)
             self._copied.pop(number, None)
             self._free.append(self._places.pop(number))
-        # What computes with the places' old contents was enqueued before: the copies wait for that alone.
-        done = None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
         for number in missing:
-            place = self._free.pop()
-            self._places[number] = place
-            if self._copies is None:
-                self.blocks[number].copy_to(place)
-                continue
-            with torch.cuda.stream(self._copies):
-                self._copies.wait_event(done)
-                self.blocks[number].copy_to(place)
+            self._places[number] = self._free.pop()
+        if self._copies is None:
+            for number in missing:
+                self.blocks[number].copy_to(self._places[number])
+            return
+        # What computes with the places' old contents is enqueued already: the copies wait for that alone.
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            for number in missing:
+                self.blocks[number].copy_to(self._places[number])
                 self._copied[number] = self._copies.record_event()
 
     def use(self, number: int) -> None:
@@ -251,13 +253,12 @@ class _Lane:
         """A ticket for a view of block `number`'s weights; any other tensor as it is."""
         if tensor.untyped_storage().data_ptr() != self._places[number].untyped_storage().data_ptr():
             return tensor
-        return _Ticket(number, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _Ticket(number, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def view(self, ticket: _Ticket) -> Tensor:
         """The view that a ticket stands for, of the block's present place."""
-        place = self._places[ticket.number]
-        whole = place[: place.nbytes // ticket.dtype.itemsize * ticket.dtype.itemsize].view(ticket.dtype)
-        return whole.as_strided(ticket.size, ticket.stride, ticket.offset)
+        place = self._places[ticket.number].view(ticket.dtype)
+        return place.as_strided(ticket.size, ticket.stride, ticket.offset)
 
     def restore(self) -> None:
         """Give every block weights of its own on the device; the lane is of no use afterwards."""
@@ -265,6 +266,8 @@ class _Lane:
             own = torch.empty_like(block.host, device=self._device)
             block.copy_to(own)
             block.use(own)
+        if self._copies is not None:  # main memory is given back only when the copies are done
+            torch.cuda.synchronize(self._device)
         self._free, self._places = [], {}
 
 
@@ -314,12 +317,16 @@ def _pin(owner: object, buffer: Tensor, device: torch.device) -> None:
     refuses, copies are slower but right.
     """
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)) == 0:
-        release = weakref.finalize(owner, runtime.cudaHostUnregister, buffer.data_ptr())
-        release.atexit = False
+    if runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0) == runtime.cudaError.success:
+        weakref.finalize(owner, _unpin, buffer.data_ptr(), device).atexit = False
         return
     logger.warning("blocks_to_swap: main memory could not be locked, so copies to the GPU take longer")
     try:  # the next kernel would report the refusal as its own error
         torch.zeros(1, device=device)
     except RuntimeError:
         logger.debug("cleared", exc_info=True)
+
+
+def _unpin(pointer: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may be under way
+    torch.cuda.cudart().cudaHostUnregister(pointer)  # type: ignore[no-untyped-call]

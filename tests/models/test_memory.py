@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from model_examples import flux_inputs, flux_params, random_flux
@@ -12,9 +14,11 @@ from library.errors import ConfigError
 from library.models.activation_checkpoint import SavedOnHost
 from library.models.block_swap import PLACES, BlockSwap, SwapPlan, largest_swap
 from library.models.flux import Flux
+from library.models.load import Placement
 from library.models.params import FluxParams
 from library.models.precision import store_blocks_in_fp8
 from networks.interface import NetworkHandle, create
+from tools.bench_swap import main
 
 PARAMS = flux_params(depth=5, singles=8)  # allows at most 6: 3 double and 6 single blocks off the device
 MOST = 6
@@ -264,3 +268,27 @@ def test_saved_activations_wait_on_the_host_and_come_back():
         y = (x.exp() * x.sin()).sum()
     y.backward()
     torch.testing.assert_close(x.grad, (x.exp() * (x.sin() + x.cos())).detach())
+
+
+def test_the_benchmark_of_swapping_runs_and_finds_equal_gradients(tmp_path):
+    file = tmp_path / "swap.json"
+    assert main(["--small", "--blocks", "0", "34", "--steps", "1", "--json", str(file)]) == 0
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    assert [(r["blocks_to_swap"], r["cpu_offload_checkpointing"]) for r in results] == [
+        (0, False), (0, True), (34, False), (34, True),
+    ]  # fmt: skip
+    assert all(r["equal"] and r["gradient_difference"] == 0 for r in results)
+    assert main(["--small", "--blocks", "40", "--json", str(file)]) == 1
+    assert "give at most 35" in json.loads(file.read_text(encoding="utf-8"))["results"][0]["error"]
+
+
+def test_waiting_weights_are_loaded_to_main_memory():
+    plan = SwapPlan.of(PARAMS, 2)  # one double and two single blocks off the device
+    place = Placement(torch.device("meta"), waits=lambda name: plan.covers(name, PARAMS.depth))
+    names = [name for name, _ in Flux(PARAMS).named_parameters()]
+    waiting = {name for name in names if place.device_of(name).type == "cpu"}
+    assert {name.split(".")[0] for name in waiting} == {"double_blocks", "single_blocks"}
+    assert {int(name.split(".")[1]) for name in waiting if name.startswith("double")} == set(plan.double)
+    assert {5 + int(name.split(".")[1]) for name in waiting if name.startswith("single")} == set(plan.single)
+    assert all(name.endswith("weight") for name in waiting)
+    assert len(waiting) == 10 * len(plan.double) + 3 * len(plan.single)
