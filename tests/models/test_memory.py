@@ -11,7 +11,7 @@ from torch import nn
 
 from library.config.sections.network import NetworkConfig
 from library.errors import ConfigError
-from library.models.activation_checkpoint import SavedOnHost
+from library.models.activation_checkpoint import Recomputation, SavedOnHost
 from library.models.block_swap import PLACES, BlockSwap, SwapPlan, largest_swap
 from library.models.flux import Flux
 from library.models.load import Placement
@@ -258,8 +258,7 @@ def test_large_inputs_of_recomputed_blocks_wait_in_main_memory():
         return kept
 
     waiting._pack = count
-    model.enable_gradient_checkpointing(offload_inputs=True)
-    model.recomputation = type(model.recomputation)(None, waiting)
+    model.recomputation = Recomputation(None, waiting)
     assert equal(gradients(model, network), reference)
     # Two streams of each double block, one of each single block; the first block's depend on nothing trained.
     assert packed == 2 * 4 + 8
@@ -295,3 +294,28 @@ def test_waiting_weights_are_loaded_to_main_memory():
     assert {5 + int(name.split(".")[1]) for name in waiting if name.startswith("single")} == set(plan.single)
     assert all(name.endswith("weight") for name in waiting)
     assert len(waiting) == 10 * len(plan.double) + 3 * len(plan.single)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("blocks", [None, 0, 6])
+def test_streams_on_a_gpu_change_no_gradient(blocks):
+    """Many steps without a wait, so that a copy which came too late or too early would be seen."""
+
+    def run(swapped: int) -> list[torch.Tensor]:
+        model, network = trained()
+        model.cuda()
+        network.module.cuda()
+        if swapped:
+            model.enable_block_swap(swapped)
+            if blocks != 0:
+                model.recomputation = Recomputation(blocks, SavedOnHost(smallest=512))
+        inputs = {name: tensor.cuda() for name, tensor in flux_inputs(PARAMS, grid=(32, 32)).items()}
+        for step in range(10):
+            model(**{**inputs, "img": inputs["img"] * (1 + step)}).square().mean().backward()
+            with torch.no_grad():
+                model(**inputs)
+        return [p.grad for p in network.module.parameters() if p.requires_grad]
+
+    for ours, theirs in zip(run(MOST), run(0), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
