@@ -354,7 +354,8 @@ def _merge_by_measuring(
     layers = [layer for model in models for layer in model.modules()]
     before = [dict(vars(layer)) for layer in layers]
     module.apply_to(text_encoders, models[0], bool(text_encoders), True)
-    module.eval().to(next(models[0].parameters()).device)
+    device = next(models[0].parameters()).device
+    module.eval().to(device)
     for layer, kept in zip(layers, before, strict=True):
         if vars(layer).get("forward") is kept.get("forward"):
             continue
@@ -362,7 +363,7 @@ def _merge_by_measuring(
             raise NetworkPluginError(
                 f"base_weights of {plugin.name} change a {type(layer).__name__}; only Linear can be merged"
             )
-        merge_measured(layer)
+        merge_measured(layer, device)
         for name in vars(layer).keys() - kept.keys():
             delattr(layer, name)
         vars(layer).update({name: value for name, value in kept.items() if name == "forward"})

@@ -6,12 +6,14 @@ ignored. Values are not converted here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from library.config.cli import Given
-from library.config.foreign import ALIASES, DATASET_TABLES, WITHOUT_EFFECT
+from library.config.foreign import ALIASES, DATASET_TABLES, OLD_SWAP_KEYS, WITHOUT_EFFECT
+from library.config.kinds import is_unset, to_int
 from library.config.names import nearest
 from library.config.notices import Notices
 from library.config.toml_file import key_lines, parse_toml, read_text
@@ -58,9 +60,32 @@ def _entries(
             yield key, Given(entry, f"{file}{section}{line}")
 
 
+def _place_old_swap_keys(strangers: dict[str, Given], given: dict[str, Given], notices: Notices) -> list[str]:
+    """Take the keys from before blocks_to_swap out of `strangers`, and give that; what has no effect is returned."""
+    old = {key: strangers.pop(key) for key in OLD_SWAP_KEYS if key in strangers}
+    old = {key: value for key, value in old.items() if not is_unset(value.raw)}
+    if not old:
+        return []
+    if "blocks_to_swap" in given:
+        return [f"{key} (blocks_to_swap is given)" for key in old]
+    steps = math.ceil(sum(OLD_SWAP_KEYS[key] * _whole_number(key, value) for key, value in old.items()))
+    place = next(iter(old.values())).place
+    given["blocks_to_swap"] = Given(steps, place)
+    said = " and ".join(f"{key} = {value.raw}" for key, value in old.items())
+    notices.remarks.append(f"{place}: {said}, an old form, is taken as blocks_to_swap = {steps}")
+    return []
+
+
+def _whole_number(key: str, value: Given) -> int:
+    try:
+        return to_int(value.raw)
+    except ValueError as error:
+        raise ConfigError(f"{value.place}: {key} = {value.raw!r} {error}") from None
+
+
 def _place_strangers(strangers: dict[str, Given], given: dict[str, Given], notices: Notices) -> None:
     """Sort the keys that are no options; aliases go into `given`."""
-    without_effect: list[str] = []
+    without_effect = _place_old_swap_keys(strangers, given, notices)
     ignored: list[str] = []
     for key, value in strangers.items():
         if key in DATASET_TABLES and isinstance(value.raw, list):

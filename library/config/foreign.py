@@ -30,9 +30,12 @@ ALIASES = {
     "dataloader_num_workers": Alias("max_data_loader_n_workers"),
 }
 
+# Keys from before blocks_to_swap, and how much of a step of that one block of theirs is: a step takes about a
+# double block's weights off the GPU.
+OLD_SWAP_KEYS = {"double_blocks_to_swap": 1.0, "single_blocks_to_swap": 0.5}
+
 _OTHER_MODEL = "it belongs to another model family"
 _LAUNCH = "give it to accelerate launch"
-_SWAP = "the whole transformer stays on the GPU in this version"
 _ARGUMENT = 'write it into network_args, as "{key}=..."'
 
 WITHOUT_EFFECT = {
@@ -40,8 +43,6 @@ WITHOUT_EFFECT = {
     "mem_eff_save": "only adapters are saved",
     "lowvram": "it was removed from Kohya's trainer; lowram is another option",
     "num_repeats": "it belongs into a dataset_config file or into the folder name N_name",
-    "double_blocks_to_swap": _SWAP,
-    "single_blocks_to_swap": _SWAP,
     "clip_g": _OTHER_MODEL,
     "gemma2": _OTHER_MODEL,
     "sd3_clip_l": _OTHER_MODEL,

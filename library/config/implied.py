@@ -12,19 +12,23 @@ from library.errors import ConfigError
 class Implication:
     """`option`, when it is on, sets `target` to `value`, or to its own value when that is None.
 
-    `overrides`: it wins over another value of the target, as in Kohya; else the two contradict each other.
+    Where the target has another value, the two contradict each other, unless Kohya has an order: one that
+    `overrides` wins over it, one that `yields` is ignored.
     """
 
     option: str
     target: str
     value: object = None
     overrides: bool = False
+    yields: bool = False
 
 
 IMPLICATIONS = (
     Implication("cache_latents_to_disk", "cache_latents", True, overrides=True),
     Implication("cache_text_encoder_outputs_to_disk", "cache_text_encoder_outputs", True, overrides=True),
     Implication("fp8_base_unet", "fp8_base", True, overrides=True),
+    Implication("cpu_offload_checkpointing", "gradient_checkpointing", True, overrides=True),
+    Implication("split_mode", "blocks_to_swap", 18, yields=True),
     Implication("caption_extention", "caption_extension", overrides=True),
     Implication("use_8bit_adam", "optimizer_type", "AdamW8bit"),
     Implication("use_lion_optimizer", "optimizer_type", "Lion"),
@@ -42,10 +46,17 @@ def apply_implications(values: dict[str, object], sources: dict[str, str], notic
             continue
         if rule.target in values and present != "":
             place = f"{rule.target} = {present!r} ({sources[rule.target]})"
+            if rule.yields:
+                notices.remarks.append(f"{rule.option} ({sources[rule.option]}) is ignored: {place} is given")
+                continue
             if not rule.overrides:
                 raise ConfigError(
                     f"{rule.option} ({sources[rule.option]}) means {wanted}, which contradicts {place}"
                 )
             notices.remarks.append(f"{rule.option} ({sources[rule.option]}) overrides {place}")
+        if rule.yields:
+            notices.remarks.append(
+                f"{rule.option} ({sources[rule.option]}), an old form, is taken as {rule.target} = {wanted}"
+            )
         values[rule.target] = wanted
         sources[rule.target] = f"implied by {rule.option}"

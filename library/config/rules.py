@@ -27,6 +27,11 @@ OTHER_MODULES = {
 }
 GONE_BACKENDS = ("aot_ts_nvfuser", "nvprims_nvfuser", "ofi", "fx2trt", "tensort")
 PROMPT_FILES = (".txt", ".toml", ".json")
+# Seen to give NaN at the first step on fp16 weights
+NOT_IN_FP16 = frozenset(
+    {"adamw", "adamw_torch", "adamw_torch_fused", "adam", "nadam", "adamax", "rmsprop", "adagrad",
+     "adamwschedulefree"}
+)  # fmt: skip
 ADAPTIVE_OPTIMIZERS = ("prodigy", "dadapt")  # they find the rate themselves; learning_rate is a factor near 1
 
 
@@ -152,12 +157,13 @@ def huber_has_a_schedule(context: Context) -> None:
 
 
 def precision_fits(context: Context) -> None:
-    """bf16 weights and fp8 storage need a 16-bit computation."""
+    """16-bit weights need their own computation, fp8 storage a 16-bit one."""
     training, memory = context.config.training, context.config.memory
-    if training.full_bf16 and training.mixed_precision != "bf16":
-        raise ConfigError(
-            f"{context.said('full_bf16')} needs mixed_precision bf16, not {training.mixed_precision}"
-        )
+    for name, needed in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
+        if context.config.value(name) and training.mixed_precision != needed:
+            raise ConfigError(
+                f"{context.said(name)} needs mixed_precision {needed}, not {training.mixed_precision}"
+            )
     if memory.fp8_base and training.mixed_precision == "no":
         raise ConfigError(
             f"{context.said('fp8_base')} needs mixed_precision bf16 or fp16: set mixed_precision to bf16"
@@ -165,6 +171,16 @@ def precision_fits(context: Context) -> None:
     if training.mixed_precision == "fp16":
         context.notices.advice.append(
             f"{context.said('mixed_precision')}: FLUX can overflow in fp16; bf16 is recommended"
+        )
+
+
+def optimizer_fits_half_weights(context: Context) -> None:
+    """Averages of squared gradients, kept in the weights' dtype, become 0 in fp16, and steps 0 / 0."""
+    name = context.config.optimizer.optimizer_type.lower().rpartition(".")[2] or "adamw"
+    if context.config.training.full_fp16 and name in NOT_IN_FP16:
+        raise ConfigError(
+            f"{context.said('full_fp16')} ends in NaN with {context.said('optimizer_type')}, whose averages do "
+            "not fit into fp16: use AdamW8bit, Adafactor or Lion, or full_bf16"
         )
 
 
@@ -324,6 +340,7 @@ RULES = (
     schedule_is_known,
     huber_has_a_schedule,
     precision_fits,
+    optimizer_fits_half_weights,
     length_is_given_once,
     batch_is_given_once,
     network_parts_fit,

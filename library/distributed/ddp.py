@@ -49,6 +49,12 @@ class DdpBackend:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 dist.broadcast(parameter.data, src=0)
+        # What is frozen is no business of DDP's, which would want all of it on one device: blocks may wait
+        # in main memory.
+        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+            module, frozen
+        )
         self._module = DistributedDataParallel(
             module,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,

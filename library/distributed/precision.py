@@ -11,11 +11,24 @@ from torch.optim import Optimizer
 DTYPES: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class _AnyGradScaler(torch.amp.GradScaler):
+    """torch's scaler for fp16 gradients as well, which full_fp16 has; its check for overflow holds for them.
+
+    torch refuses them because what is tiny is lost when they are divided in fp16.
+    """
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        del allow_fp16
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
 class LossScaler:
     """fp16 gradients underflow unscaled: torch's GradScaler there, a pass-through for fp32 and bf16."""
 
     def __init__(self, *, device: torch.device, dtype: torch.dtype) -> None:
-        self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self._scaler = _AnyGradScaler(device.type, enabled=dtype is torch.float16)
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate the scaled loss."""

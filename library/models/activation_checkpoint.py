@@ -7,20 +7,23 @@ so that gradients reach trained weights inside even when no input needs one.
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 Result = TypeVar("Result")
 
-# A conditioning vector or a table of angles is not worth a copy over the bus; a stream of 512 tokens is.
+# A conditioning vector is not worth a copy over the bus; a stream of 512 tokens is.
 _OFFLOAD_BYTES = 1 << 20
+_IN_FLIGHT = 2  # tensors whose copy may be under way in each direction: a double block has two large inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,35 +31,120 @@ class Recomputation:
     """The choice for one transformer.
 
     `blocks` is how many blocks recompute, counted in forward order, None for all and for the embedders as
-    well. With `offload_inputs` the inputs of those blocks are kept in host memory until the backward pass.
+    well. With `inputs` the inputs of those blocks are kept in main memory until the backward pass.
     """
 
     blocks: int | None = None
-    offload_inputs: bool = False
+    inputs: SavedOnHost | None = None
 
-    def covers(self, index: int) -> bool:
-        """Whether block `index` (over double, then single blocks) recomputes."""
-        return self.blocks is None or index < self.blocks
+    def covers(self, index: int | None) -> bool:
+        """Whether block `index` (over double, then single blocks) recomputes; None is an embedder."""
+        return self.blocks is None or (index is not None and index < self.blocks)
 
     def run(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call `function` so that its activations are recomputed in the backward pass."""
-        where: AbstractContextManager[object] = saved_on_host() if self.offload_inputs else nullcontext()
+        where: AbstractContextManager[object] = nullcontext() if self.inputs is None else self.inputs.hooks()
         with where:
             result: Result = checkpoint(function, *arguments, use_reentrant=False)
         return result
 
 
-def saved_on_host(smallest: int = _OFFLOAD_BYTES) -> saved_tensors_hooks:
-    """Context in which tensors of at least `smallest` bytes that autograd saves wait in host memory."""
+class SavedOnHost:
+    """Main memory for large tensors that autograd saves, filled and emptied on streams of their own.
 
-    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        if tensor.nbytes < smallest or isinstance(tensor, torch.nn.Parameter):
-            return tensor.device, tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return tensor.device, host.copy_(tensor, non_blocking=True)
+    Tensors come back in the reverse order, so while one is used the ones saved before it are on their way.
+    Only what depends on something trained leaves: the rest (rotations, masks) lives on anyway.
+    """
 
-    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
-        device, tensor = packed
-        return tensor.to(device, non_blocking=True)
+    def __init__(self, smallest: int = _OFFLOAD_BYTES) -> None:
+        self._smallest = smallest  # bytes
+        self._newest: Callable[[], _Waiting | None] = _nothing
+        self._leaving: deque[_Waiting] = deque()
+        self._streams: dict[torch.device, tuple[torch.cuda.Stream, ...]] = {}
 
-    return saved_tensors_hooks(pack, unpack)
+    def hooks(self) -> saved_tensors_hooks:
+        """Context in which what autograd saves goes to main memory."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Waiting:
+        small = tensor.nbytes < self._smallest
+        if small or not tensor.requires_grad or isinstance(tensor, nn.Parameter):
+            return tensor
+        tensor = tensor.detach()
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        waiting = _Waiting(host, tensor.device, before=self._newest)
+        self._newest = weakref.ref(waiting)
+        if not tensor.is_cuda:
+            host.copy_(tensor)
+            return waiting
+        # Held until the copy is done: then nothing that computes later can be given its memory too early.
+        waiting.here = tensor
+        waiting.copied = _copy(tensor, host, self._stream(tensor.device, arriving=False))
+        self._leaving.append(waiting)
+        if len(self._leaving) > _IN_FLIGHT:
+            self._leaving.popleft().let_go()
+        return waiting
+
+    def _unpack(self, saved: Tensor | _Waiting) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        if saved.device.type != "cuda":
+            return saved.host.to(saved.device)
+        tensor = self._fetch(saved)
+        assert saved.copied is not None, "it was copied one way or the other"
+        torch.cuda.current_stream(saved.device).wait_event(saved.copied)
+        self._leaving.clear()  # the last ones saved are the first ones used: no need to fetch them again
+        saved.here, saved.used = None, True
+        earlier, ahead = saved.before(), 0
+        while earlier is not None and ahead < _IN_FLIGHT:
+            if not earlier.used:  # what one block saved comes back in the order in which it went
+                self._fetch(earlier)
+                ahead += 1
+            earlier = earlier.before()
+        return tensor
+
+    def _fetch(self, waiting: _Waiting) -> Tensor:
+        if waiting.here is None:
+            waiting.here = torch.empty_like(waiting.host, device=waiting.device)
+            waiting.copied = _copy(waiting.host, waiting.here, self._stream(waiting.device, arriving=True))
+        return waiting.here
+
+    def _stream(self, device: torch.device, *, arriving: bool) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = tuple(torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        return self._streams[device][arriving]
+
+
+@dataclass
+class _Waiting:
+    """One saved tensor: its copy in main memory and, while it comes or goes, the tensor itself."""
+
+    host: Tensor
+    device: torch.device
+    before: Callable[[], _Waiting | None]  # the tensor saved just before, if it is still wanted
+    here: Tensor | None = field(default=None, repr=False)
+    copied: torch.cuda.Event | None = None
+    used: bool = False  # it came back, so the ones before it are next
+
+    def let_go(self) -> None:
+        """Give the tensor's memory back to the current stream, which waits for a copy that is under way."""
+        if self.here is not None and self.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.here = None
+
+    def __del__(self) -> None:
+        self.let_go()  # fetched ahead and never asked for
+
+
+def _copy(source: Tensor, target: Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Copy on `stream`, once what the current stream was given so far is done; returns when that is."""
+    device = source.device if source.is_cuda else target.device
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+        done: torch.cuda.Event = stream.record_event()
+    return done
+
+
+def _nothing() -> None:
+    return None

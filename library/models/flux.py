@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.models.activation_checkpoint import Recomputation
+from library.models.activation_checkpoint import Recomputation, SavedOnHost
+from library.models.block_swap import BlockSwap, SwapPlan
 from library.models.layers import (
     EMBEDDING_WIDTH,
     DoubleStreamBlock,
@@ -38,6 +39,7 @@ class Flux(nn.Module):
         super().__init__()
         self.params = params
         self.recomputation: Recomputation | None = None
+        self.swap: BlockSwap | None = None
         hidden, heads, mlp = params.hidden_size, params.num_heads, params.mlp_hidden
         self.img_in = nn.Linear(params.in_channels, hidden)
         self.time_in = MLPEmbedder(EMBEDDING_WIDTH, hidden)
@@ -60,11 +62,28 @@ class Flux(nn.Module):
         Takes effect in train mode while gradients are recorded. `offload_inputs` keeps the blocks' inputs
         in host memory meanwhile.
         """
-        self.recomputation = Recomputation(blocks=blocks, offload_inputs=offload_inputs)
+        self.recomputation = Recomputation(blocks, SavedOnHost() if offload_inputs else None)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation again."""
         self.recomputation = None
+
+    def enable_block_swap(self, blocks_to_swap: int) -> BlockSwap:
+        """Let Linear weights of blocks wait in main memory until their turn.
+
+        Call it when the base weights are final (merged, in 8 bits) and before the model is compiled or
+        wrapped. Weights may lie on either side already. Raises ConfigError for too many blocks.
+        """
+        plan = SwapPlan.of(self.params, blocks_to_swap)
+        blocks = (*self.double_blocks, *self.single_blocks)
+        self.swap = BlockSwap(blocks, plan, self.img_in.weight.device)
+        return self.swap
+
+    def disable_block_swap(self) -> None:
+        """Keep every weight on the device again."""
+        if self.swap is not None:
+            self.swap.restore()
+        self.swap = None
 
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the token streams: autocast's if it is on, else that of the embedding weights."""
@@ -129,19 +148,19 @@ class Flux(nn.Module):
         return vec + self._embed(self.vector_in, y)
 
     def _embed(self, embedder: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        recomputation = self._active()
-        if recomputation is not None and recomputation.blocks is None:
-            return recomputation.run(embedder, x)
-        return embedder(x)
+        recomputation = self._recomputation(None)
+        return embedder(x) if recomputation is None else recomputation.run(embedder, x)
 
     def _run(self, index: int, block: Callable[..., Result], *arguments: object) -> Result:
-        recomputation = self._active()
-        if recomputation is not None and recomputation.covers(index):
-            return recomputation.run(block, *arguments)
-        return block(*arguments)
+        recomputation = self._recomputation(index)
+        if self.swap is not None:
+            block = self.swap.with_weights(index, block, saves=recomputation is None)
+        return block(*arguments) if recomputation is None else recomputation.run(block, *arguments)
 
-    def _active(self) -> Recomputation | None:
-        return self.recomputation if self.training and torch.is_grad_enabled() else None
+    def _recomputation(self, index: int | None) -> Recomputation | None:
+        """How block `index`, None for an embedder, is recomputed in the backward pass; None if it is not."""
+        active = self.recomputation if self.training and torch.is_grad_enabled() else None
+        return active if active is not None and active.covers(index) else None
 
 
 def _key_mask(txt_attention_mask: Tensor, image_tokens: int) -> Tensor:

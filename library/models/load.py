@@ -8,9 +8,9 @@ are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -21,6 +21,7 @@ from library.errors import CheckpointError
 from library.files.safetensors import DTYPES, Reader
 from library.models import precision
 from library.models.autoencoder import AutoEncoder
+from library.models.block_swap import SwapPlan
 from library.models.flux import Flux
 from library.models.identify import Part, require
 from library.models.key_maps import WEIGHT_SCALES, Recipe, is_unused
@@ -40,12 +41,19 @@ class Placement:
     `dtype` None keeps each tensor's stored dtype (8-bit tensors outside the blocks become bfloat16).
     `weight_dtype` float8_e4m3fn stores the weights of the blocks' Linear layers in 8 bits whatever `dtype`
     is. `mmap` maps the files; False reads them with plain file I/O (Kohya's disable_mmap_load_safetensors).
+    Linear weights of blocks for which `waits` is true go to main memory instead (blocks_to_swap).
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
     weight_dtype: torch.dtype | None = None
     mmap: bool = True
+    waits: Callable[[str], bool] = field(default=lambda name: False)
+
+    def device_of(self, name: str) -> torch.device:
+        """Where the parameter `name` is kept."""
+        waits = precision.is_block_weight(name) and self.waits(name)
+        return torch.device("cpu") if waits else self.device
 
     def dtype_of(self, name: str, stored: torch.dtype) -> torch.dtype:
         """The dtype in which the parameter `name` is kept."""
@@ -64,20 +72,27 @@ def load_flux(
     dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
     mmap: bool = True,
+    blocks_to_swap: int = 0,
     option: str = "pretrained_model_name_or_path",
 ) -> Flux:
     """The transformer at `path`: a BFL or diffusers file, shards of either, a ComfyUI checkpoint, a
     diffusers folder.
 
-    See `Placement` for the arguments; `option` is the name that errors mention.
+    See `Placement` for the arguments; `option` is the name that errors mention. Blocks that
+    `Flux.enable_block_swap(blocks_to_swap)` will let travel stay in main memory.
 
     Raises:
         CheckpointError: another kind of file, or tensors missing, unknown or of a wrong shape.
     """
     part = require(path, "flux", option)
+    params = cast(FluxParams, part.params())
+    plan = SwapPlan.of(params, blocks_to_swap)
     with torch.device("meta"):
-        model = Flux(cast(FluxParams, part.params()))
-    return _fill(model, part, Placement(torch.device(device), dtype, weight_dtype, mmap))
+        model = Flux(params)
+    placement = Placement(
+        torch.device(device), dtype, weight_dtype, mmap, waits=lambda name: plan.covers(name, params.depth)
+    )
+    return _fill(model, part, placement)
 
 
 def load_autoencoder(
@@ -143,7 +158,9 @@ def _fill(model: Model, part: Part, placement: Placement) -> Model:
                     f"{part.headers[0].path} holds {recipes[name].sources[0]} as {tuple(tensor.shape)}, "
                     f"and {tuple(empty.shape)} is needed; the file does not fit together."
                 )
-            _assign(model, name, precision.cast(tensor, placement.dtype_of(name, tensor.dtype)))
+            # Cast where that is fast; only then is it put away.
+            tensor = precision.cast(tensor, placement.dtype_of(name, tensor.dtype))
+            _assign(model, name, tensor.to(placement.device_of(name)))
     if any(parameter.dtype == precision.STORAGE for parameter in model.parameters()):
         precision.store_blocks_in_fp8(model)
     return model.requires_grad_(False).eval()

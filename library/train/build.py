@@ -13,6 +13,7 @@ from torch import nn
 from library import randomness
 from library.adapters.flux import FluxAdapter, FluxTrainModule, ForwardSettings
 from library.config.prompts import SamplePrompt, load_prompts
+from library.config.sections.memory import MemoryConfig
 from library.config.train_config import TrainConfig
 from library.data.records import TextCond
 from library.distributed.base import Backend
@@ -105,8 +106,7 @@ def build_trained(job: Job) -> Trained:
     if job.data.training.preserves:
         network.set_multiplier(1.0)  # a network that cannot is refused here, not in the first step
     _place(network, config, device)
-    if config.memory.gradient_checkpointing:
-        _checkpoint_activations(transformer, clip_l, t5, network)
+    _save_memory(config.memory, transformer, clip_l, t5, network)
     groups = network.parameter_groups(
         learning_rate=config.optimizer.learning_rate,
         unet_lr=config.optimizer.unet_lr,
@@ -176,14 +176,29 @@ def trains_text(config: TrainConfig) -> bool:
 
 
 def _place(network: NetworkHandle, config: TrainConfig, device: torch.device) -> None:
-    """Trained weights are float32, bf16 only with full_bf16."""
-    network.module.to(device=device, dtype=torch.bfloat16 if config.training.full_bf16 else torch.float32)
+    """Trained weights are float32, but 16 bits with full_bf16 and full_fp16."""
+    training = config.training
+    half = torch.bfloat16 if training.full_bf16 else torch.float16 if training.full_fp16 else None
+    network.module.to(device=device, dtype=half or torch.float32)
 
 
-def _checkpoint_activations(
-    transformer: Flux, clip_l: ClipL | None, t5: T5Encoder | None, network: NetworkHandle
+def _save_memory(
+    memory: MemoryConfig,
+    transformer: Flux,
+    clip_l: ClipL | None,
+    t5: T5Encoder | None,
+    network: NetworkHandle,
 ) -> None:
-    transformer.enable_gradient_checkpointing()
+    """Put the memory options in effect; base weights and network are final by now."""
+    if memory.blocks_to_swap:
+        swap = transformer.enable_block_swap(memory.blocks_to_swap)
+        logger.info(
+            "blocks_to_swap = %d: %d blocks take turns on the GPU, %.1f GB wait in main memory",
+            memory.blocks_to_swap, swap.num_blocks, swap.host_bytes / 1e9,
+        )  # fmt: skip
+    if not memory.gradient_checkpointing:
+        return
+    transformer.enable_gradient_checkpointing(offload_inputs=memory.cpu_offload_checkpointing)
     network.enable_gradient_checkpointing()
     encoders: Sequence[ClipL | T5Encoder | None] = (clip_l, t5)
     for encoder in encoders:

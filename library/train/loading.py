@@ -95,10 +95,11 @@ class ModelLoader:
         )
 
     def transformer(self, device: torch.device) -> Flux:
-        """The transformer on `device`, its blocks' weights in float8 with fp8_base."""
+        """The transformer on `device`, its blocks' weights in float8 with fp8_base, some in main memory."""
         return load_flux(
             self.files.transformer, device=device, dtype=self.dtype, mmap=self._mmap,
             weight_dtype=torch.float8_e4m3fn if self.config.memory.fp8_base else None,
+            blocks_to_swap=self.config.memory.blocks_to_swap or 0,
         )  # fmt: skip
 
     def autoencoder_identity(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from library.config.dataset_settings import DatasetSettings
 from library.config.datasets import resolve_datasets
 from library.config.notices import Notices
+from library.config.sections.memory import MemoryConfig
 from library.config.sections.model import ModelConfig
 from library.config.train_config import TrainConfig
 from library.data.captions import PLACEHOLDER, holds, moves_tags
@@ -20,6 +21,7 @@ from library.data.records import ImageRecord
 from library.data.scan import SHOWN
 from library.errors import ConfigError
 from library.models import identify
+from library.models.block_swap import SwapPlan
 from library.models.identify import Part
 from library.models.locate import locate
 from library.models.params import FluxParams
@@ -80,6 +82,13 @@ def locate_models(config: ModelConfig) -> ModelFiles:
         tokenizers=locate(str(tokenizers), "tokenizers", "tokenizer_cache_dir") if tokenizers else None,
         parts=parts,
     )
+
+
+def check_swap(config: MemoryConfig, files: ModelFiles) -> None:
+    """ConfigError when the transformer has too few blocks for blocks_to_swap."""
+    params = files.parts["flux"].params()
+    assert isinstance(params, FluxParams)
+    SwapPlan.of(params, config.blocks_to_swap or 0)
 
 
 def read_data(config: TrainConfig, *, seed: int, world_size: int) -> Data:

@@ -34,7 +34,7 @@ from library.train.describe import show_plan, show_result, show_start
 from library.train.facts import MetadataWriter
 from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
-from library.train.prepare import Data, locate_models, read_data, start_step
+from library.train.prepare import Data, check_swap, locate_models, read_data, start_step
 from library.train.resume import capture, choose_seed, first_state, restore, resumed_run
 from library.train.saving import Saver
 from library.train.signals import StopRequest
@@ -70,6 +70,7 @@ def dry_run(loaded: LoadedConfig) -> None:
     """Check config and data and print the plan; no model is loaded."""
     config = loaded.config
     files = locate_models(config.model)
+    check_swap(config.memory, files)
     say(check_parts(config))
     prompts = wanted_prompts(config)
     data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
@@ -85,6 +86,7 @@ def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
     saved = resumed_run(config)
     seed = choose_seed(config, saved, backend)
     files = locate_models(config.model)
+    check_swap(config.memory, files)
     check_parts(config)
     prompts = wanted_prompts(config)
     data = read_data(config, seed=seed, world_size=backend.world.size)

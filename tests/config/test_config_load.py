@@ -211,6 +211,44 @@ def test_implied_options_against_given_ones(write):
 
 
 @pytest.mark.parametrize(
+    ("text", "blocks", "notice"),
+    [
+        ("blocks_to_swap = 12\n", 12, None),
+        ("blocks_to_swap = 12\nsplit_mode = true\n", 12, "is ignored: blocks_to_swap = 12"),
+        ("split_mode = true\n", 18, "is taken as blocks_to_swap = 18"),
+        ("double_blocks_to_swap = 4\n", 4, "is taken as blocks_to_swap = 4"),
+        (
+            "double_blocks_to_swap = 4\nsingle_blocks_to_swap = '5'\n",
+            7,
+            "single_blocks_to_swap = 5, an old form",
+        ),
+        (
+            "double_blocks_to_swap = 0\nblocks_to_swap = 0\n",
+            0,
+            "double_blocks_to_swap (blocks_to_swap is given)",
+        ),
+        ("single_blocks_to_swap = ''\n", None, None),
+    ],
+)
+def test_old_forms_of_block_swap(write, text, blocks, notice):
+    loaded = load(write(text))
+    assert loaded.config.memory.blocks_to_swap == blocks
+    assert [notice in line for line in loaded.notices] == ([] if notice is None else [True])
+
+
+def test_old_swap_keys_are_numbers(write):
+    assert "double_blocks_to_swap = 'many' is not a whole number" in refusal(
+        write("double_blocks_to_swap='many'\n")
+    )
+
+
+def test_offloaded_activations_are_recomputed_ones(write):
+    loaded = load(write("cpu_offload_checkpointing = true\nblocks_to_swap = 3\n"))
+    assert loaded.config.memory.gradient_checkpointing
+    assert loaded.sources["gradient_checkpointing"] == "implied by cpu_offload_checkpointing"
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--deepspeed"], "--deepspeed is not available in this version: remove it, the run uses DDP"),
@@ -218,7 +256,6 @@ def test_implied_options_against_given_ones(write):
         (["--log_with", "wandb"], "only tensorboard is available in this version"),
         (["--weighted_captions"], "no word weights"),
         (["--huggingface_repo_id", "me/mine"], "nothing is uploaded"),
-        (["--full_fp16"], "use mixed_precision bf16"),
         (["--debug_dataset"], "use --dry_run"),
         (["--dataset_class", "my.Data"], "use dataset_config"),
     ],
@@ -230,10 +267,10 @@ def test_refused_options_say_what_to_do(words, message):
 
 
 def test_options_without_effect_are_grouped_by_reason_and_never_stop_the_run(write):
-    text = "xformers = true\nmem_eff_attn = true\nsdpa = true\nblocks_to_swap = 8\n"
+    text = "xformers = true\nmem_eff_attn = true\nsdpa = true\nhighvram = true\n"
     assert load(write(text + "max_token_length = 75\nv2 = false\n")).notices == (
         "No effect: xformers, mem_eff_attn (attention is always torch's scaled_dot_product_attention)",
-        "No effect: blocks_to_swap (the whole transformer stays on the GPU in this version)",
+        "No effect: highvram (it is never emptied between batches)",
     )
 
 

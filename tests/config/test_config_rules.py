@@ -63,6 +63,8 @@ def test_a_complete_config_has_nothing_to_say():
         ({"torch_compile": "", "dynamo_backend": "fx2trt"}, "is no longer part of torch: use inductor"),
         ({"loss_type": "huber"}, "set huber_schedule to exponential or constant"),
         ({"full_bf16": ""}, "needs mixed_precision bf16, not no"),
+        ({"full_fp16": "", "mixed_precision": "bf16"}, "needs mixed_precision fp16, not bf16"),
+        ({"full_fp16": "", "mixed_precision": "fp16"}, "use AdamW8bit, Adafactor or Lion"),
         ({"fp8_base": ""}, "set mixed_precision to bf16"),
         ({"initial_step": "1600"}, "is not below max_train_steps = 1600"),
         ({"global_batch_size": "8", "gradient_accumulation_steps": "2"}, "which decides the accumulation"),

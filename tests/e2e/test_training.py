@@ -146,6 +146,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(
         ({"resume": "{data}"}, "not a whole state"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "constant_with_warmup"),
         ({"cache_latents": True, "color_aug": True}, "color_aug"),
+        ({"blocks_to_swap": 2}, "2 double and 4 single blocks: give at most 1"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(
@@ -225,6 +226,11 @@ def test_help_answers_at_once():
             "network_args": ["train_t5xxl=True"], "gradient_checkpointing": True,
         },
         {"mixed_precision": "bf16", "fp8_base": True, "gradient_checkpointing": True, "full_bf16": True},
+        {
+            "mixed_precision": "bf16", "fp8_base": True, "cpu_offload_checkpointing": True, "blocks_to_swap": 1,
+            "gradient_accumulation_steps": 2, "sample_at_first": True, "validation_split": 0.2,
+            "sample_prompts": "w --w 64 --h 64",
+        },
         {"torch_compile": True, "dynamo_backend": "aot_eager", "gradient_checkpointing": True},
         {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=4"]},
         {"optimizer_type": "AdamWScheduleFree", "sample_at_first": True, "sample_prompts": "w --w 64 --h 64"},
@@ -253,3 +259,16 @@ def test_options_train(tmp_path: Path, pictures: Path, changes: dict[str, object
     trains_text = changes.get("network_train_unet_only", True) is None
     assert any(key.startswith("lora_te1_text_model_encoder_layers_0") for key in tensors) == trains_text
     assert any("lora_te3_encoder_block_0" in key for key in tensors) == ("train_t5xxl=True" in str(changes))
+
+
+def test_full_fp16_trains_fp16_weights(tmp_path: Path):
+    folder = draw_pictures(tmp_path / "data" / "1_x", [(32, 32)] * 2)
+    config = write_config(
+        tmp_path / "c.toml", folder.parent, tmp_path / "out", mixed_precision="fp16", full_fp16=True,
+        optimizer_type="Lion", no_half_vae=True, resolution="32,32", max_train_epochs=1,
+    )  # fmt: skip
+    assert main(["--config_file", str(config)]) == 0
+    tensors = load_file(tmp_path / "out" / "out.safetensors")
+    ups = [tensor for key, tensor in tensors.items() if "lora_up" in key]
+    assert {tensor.dtype for tensor in ups} == {torch.float16}
+    assert any(tensor.abs().max() > 0 for tensor in ups)

@@ -11,7 +11,6 @@ from safetensors.torch import load_file as plain_load
 
 from library.files.hashes import adapter_hashes, file_sha256, short_hash
 from library.files.safetensors import Reader, load_file, read_header, save_file
-from library.models.activation_checkpoint import saved_on_host
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -88,11 +87,3 @@ def test_metadata_is_readable_by_the_library(tmp_path):
     save_file(tmp_path / "x.safetensors", TENSORS, {"k": "v"})
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert file.metadata() == {"k": "v"}
-
-
-def test_saved_activations_wait_on_the_host_and_come_back():
-    x = torch.randn(8, requires_grad=True)
-    with saved_on_host(smallest=0):
-        y = (x.exp() * x.sin()).sum()
-    y.backward()
-    torch.testing.assert_close(x.grad, (x.exp() * (x.sin() + x.cos())).detach())

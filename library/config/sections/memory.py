@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from library.config.options import Limit, no_effect, option
 
-WHOLE_ON_GPU = no_effect("the whole transformer stays on the GPU in this version")
 ALWAYS_SDPA = "attention is always torch's scaled_dot_product_attention"
 
 
@@ -29,20 +28,22 @@ class MemoryConfig:
     )  # fmt: skip
     blocks_to_swap: int | None = option(
         None,
-        "transformer blocks kept in main memory",
+        "transformer blocks that wait in main memory until their turn; at most 35 for a whole FLUX.1",
         limit=Limit(ge=0, unit="blocks"),
-        effect=WHOLE_ON_GPU,
-        unset=(0,),
     )
     cpu_offload_checkpointing: bool = option(
-        False, "keep checkpointed activations in main memory", effect=WHOLE_ON_GPU
+        False, "inputs of recomputed blocks wait in main memory; implies gradient_checkpointing"
     )
-    split_mode: bool = option(False, "old form of blocks_to_swap", effect=WHOLE_ON_GPU)
+    split_mode: bool = option(False, "old form of blocks_to_swap; means 18 unless that is given")
     lowram: bool = option(
-        False, "save main memory", effect=no_effect("each model is loaded straight to where it is used")
+        False,
+        "save main memory",
+        effect=no_effect("the transformer and the text encoders are read straight to where they compute"),
     )
     highvram: bool = option(
-        False, "keep models on the GPU", effect=no_effect("each model is loaded straight to where it is used")
+        False,
+        "keep the GPU's cache between batches",
+        effect=no_effect("it is never emptied between batches"),
     )
     sdpa: bool = option(False, "use torch's attention", effect=no_effect(ALWAYS_SDPA, quiet=True))
     xformers: bool = option(False, "use xformers' attention", effect=no_effect(ALWAYS_SDPA))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.config.options import Limit, option, refused
+from library.config.options import Limit, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +26,5 @@ class TrainingConfig:
     mixed_precision: str = option(
         "no", "precision of the computation; bf16 for FLUX", choices=("no", "fp16", "bf16")
     )
-    full_fp16: bool = option(
-        False,
-        "keep trained weights and gradients in fp16",
-        effect=refused(
-            "training wholly in fp16 is not supported; use mixed_precision bf16, and full_bf16 to save memory"
-        ),
-    )
+    full_fp16: bool = option(False, "keep trained weights and gradients in fp16; needs mixed_precision fp16")
     full_bf16: bool = option(False, "keep trained weights and gradients in bf16; needs mixed_precision bf16")
