@@ -137,7 +137,7 @@ def test_block_lists() -> None:
         ({"img_mod_dim0": "1"}, "did you mean img_mod_dim"),
         ({"algo": "lokr"}, "lycoris.kohya"),
         ({"target_modules": "x"}, "did you mean target_regex"),
-        ({"peft": "x"}, "known are"),
+        ({"quux": "x"}, "known are"),
         ({"train_t5xxl": "maybe"}, "must be True or False"),
         ({"img_attn_dim": "-1"}, "negative"),
         ({"img_attn_dim": "many"}, "whole number"),

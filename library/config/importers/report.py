@@ -1,0 +1,112 @@
+"""An imported config as text: TOML with the key of each option beside it, and the list of what became of each key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import toml
+
+from library.config.importers.rules import ASSUMED, Imported, Note, shown
+from library.config.train_config import SECRETS
+
+
+def options_toml(imported: Imported, name: str, *, dataset: str | None = None) -> str:
+    """The options as a flat TOML file, each with the key of `name` it comes from. Secrets are left out.
+
+    `dataset` is the file of the dataset tables, named as dataset_config.
+    """
+    lines = [f"# {name}, a config of {imported.kind}, as options of this trainer", ""]
+    for option, value in imported.options.items():
+        origin = imported.origins.get(option, "")
+        if option in SECRETS:
+            lines.append(f"# {option} is not written; give it on the command line  # {origin}")
+        else:
+            origin = "" if origin == option else f"  # {origin}"
+            lines.append(f"{_assignment(option, value)}{origin}")
+    if dataset is not None:
+        lines.append(f"{_assignment('dataset_config', dataset)}  # the datasets")
+    return "\n".join(lines) + "\n"
+
+
+def dataset_toml(imported: Imported, name: str) -> str:
+    """The dataset tables as a dataset_config file."""
+    return (
+        f"# The datasets of {name}, a config of {imported.kind}\n\n{toml.dumps(dict(imported.dataset or {}))}"
+    )
+
+
+def _assignment(name: str, value: object) -> str:
+    return toml.dumps({name: value}).rstrip("\n")
+
+
+def account(imported: Imported) -> str:
+    """The whole list: mapped, assumed, dropped with reasons, and keys that asked for nothing."""
+    groups: tuple[tuple[str, Iterator[str]], ...] = (
+        (
+            "mapped",
+            (_mapped(note) for note in imported.notes if note.to and (_differs(note) or not _same(note))),
+        ),
+        (
+            "assumed, as the other program has it so",
+            (_assumed(note) for note in imported.notes if _is_assumed(note)),
+        ),
+        ("dropped", (_dropped(note) for note in imported.notes if not note.to and not note.is_off)),
+    )
+    alike = [note.key for note in imported.notes if note.to and _same(note) and not _is_assumed(note)]
+    parts = ["taken as they are:\n  " + ", ".join(dict.fromkeys(alike))] if alike else []
+    for title, lines in groups:
+        found = list(dict.fromkeys(lines))
+        if found:
+            parts.append("\n".join([f"{title}:", *(f"  {line}" for line in found)]))
+    off = [note.key for note in imported.notes if not note.to and note.is_off]
+    if off:
+        parts.append("not set, or switched off:\n  " + ", ".join(dict.fromkeys(off)))
+    return "\n".join(parts) + "\n"
+
+
+def remarks(imported: Imported, name: str) -> list[str]:
+    """What a run says of an imported config: what was renamed or assumed, and what was dropped, by reason."""
+    renamed = [f"{note.key} -> {note.to}" for note in imported.notes if note.to and not _same(note)]
+    reasons: dict[str, list[str]] = {}
+    for note in imported.notes:
+        if not note.to and not note.is_off:
+            reasons.setdefault(note.text, []).append(note.key)
+    said = [f"{name} is read as a config of {imported.kind}: " + "; ".join(dict.fromkeys(renamed))]
+    said += [f"{name}: {note.key}: {note.text}" for note in imported.notes if note.to and _differs(note)]
+    return said + [f"{name}: dropped {', '.join(keys)} ({reason})" for reason, keys in reasons.items()]
+
+
+def _differs(note: Note) -> bool:
+    return bool(note.text) and not _is_assumed(note)
+
+
+def _same(note: Note) -> bool:
+    return note.to.startswith(f"{note.key} = ") or _is_assumed(note)
+
+
+def _is_assumed(note: Note) -> bool:
+    return note.key == ASSUMED
+
+
+def _mapped(note: Note) -> str:
+    return f"{note.key} = {shown(_masked(note))} -> {_hidden(note)}" + (
+        f" ({note.text})" if note.text else ""
+    )
+
+
+def _assumed(note: Note) -> str:
+    return f"{note.to} ({note.text})"
+
+
+def _dropped(note: Note) -> str:
+    return f"{note.key} = {shown(_masked(note))}: {note.text}"
+
+
+def _masked(note: Note) -> object:
+    is_secret = note.key.endswith(("_token", "api_key"))
+    return "***" if is_secret and note.value else note.value
+
+
+def _hidden(note: Note) -> str:
+    name = note.to.partition(" = ")[0]
+    return f"{name} = ***" if name in SECRETS else note.to
