@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import toml
 
-from library.config.importers.rules import ASSUMED, Imported, Note, shown
+from library.config.importers.rules import ASSUMED, DATASET, READ, Imported, Note, shown
 from library.config.train_config import SECRETS
 
 
@@ -66,7 +66,7 @@ def account(imported: Imported) -> str:
 
 def remarks(imported: Imported, name: str) -> list[str]:
     """What a run says of an imported config: what was renamed or assumed, and what was dropped, by reason."""
-    renamed = [f"{note.key} -> {note.to}" for note in imported.notes if note.to and not _same(note)]
+    renamed = [f"{note.key} -> {note.to}" for note in imported.notes if _is_renamed(note)]
     reasons: dict[str, list[str]] = {}
     for note in imported.notes:
         if not note.to and not note.is_off:
@@ -78,6 +78,11 @@ def remarks(imported: Imported, name: str) -> list[str]:
 
 def _differs(note: Note) -> bool:
     return bool(note.text) and not _is_assumed(note)
+
+
+def _is_renamed(note: Note) -> bool:
+    """Whether a run says so: datasets are shown with the plan, and what only told the kind is no news."""
+    return bool(note.to) and not _same(note) and note.to != READ and not note.to.startswith(DATASET)
 
 
 def _same(note: Note) -> bool:

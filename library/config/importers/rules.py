@@ -130,7 +130,7 @@ class Draft:
         noted = {note.key for note in self.notes}
         for key, (value, rule) in self.waiting.items():
             if key not in noted:
-                self.use(key, value, ", ".join(rule.to) or READ, rule.note)
+                self.use(key, value, ", ".join(rule.to) or READ)
         if self.arguments:
             self.options["network_args"] = [f"{name}={value}" for name, value in self.arguments.items()]
             self.origins.setdefault("network_args", "several keys")
@@ -179,7 +179,8 @@ def note_dataset_keys(draft: Draft, table: Table, given: Mapping[str, Any], wher
         elif rule.is_dropped or is_blank(value):
             draft.drop(name, value, rule.note if rule.is_dropped else "not set")
         else:
-            draft.use(name, value, ", ".join(rule.to) or READ, rule.note)
+            # What a rule says of a key that decides with others is when it counts, not what differs.
+            draft.use(name, value, ", ".join(rule.to) or READ, rule.note if rule.convert else "")
 
 
 def is_blank(value: object) -> bool:

@@ -338,8 +338,7 @@ def _dataset(draft: Draft, name: str, backend: Mapping[str, Any], *, step: int) 
     if not is_blank(prompt):
         subset["class_tokens"] = prompt
     if strategy == "instanceprompt":
-        # Pictures without a caption file have class_tokens; no file ends so.
-        subset["caption_extension"] = ".instance_prompt"
+        subset["caption_extension"] = "none"
     elif strategy == "textfile":
         subset["caption_extension"] = ".txt"
         if common.truth(backend.get("prepend_instance_prompt", False)) and not is_blank(prompt):
