@@ -6,11 +6,14 @@ import importlib.util
 import json
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import toml
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from library.config.archives import unpacked
 from library.config.dataset_keys import KEYS as DATASET_KEYS
@@ -62,6 +65,11 @@ def written(folder: Path, content: object, name: str = "config.json") -> Path:
     return path
 
 
+def read(options: Mapping[str, object]) -> dict[str, object]:
+    """The values that options stand for."""
+    return {name: OPTIONS[name].read(value, "here") for name, value in options.items()}
+
+
 def with_trigger(options: dict[str, object]) -> dict[str, object]:
     """Options as they are when captions know a trigger word."""
     if "trigger_word" not in OPTIONS and "caption_prefix" in options:
@@ -83,7 +91,7 @@ def test_the_written_files_give_the_same_config(name: str, tmp_path: Path) -> No
     imported = sample(name)
     options = toml.loads(options_toml(imported, name, dataset="data.toml"))
     assert options.pop("dataset_config") == "data.toml"
-    assert options == {key: value for key, value in imported.options.items() if key != "huggingface_token"}
+    assert read(options) == {k: v for k, v in read(imported.options).items() if k != "huggingface_token"}
     if imported.dataset is not None:
         assert toml.loads(dataset_toml(imported, name)) == imported.dataset
 
@@ -115,6 +123,66 @@ def test_every_key_is_accounted_for(name: str) -> None:
     report = account(sample(name))
     assert all(key in report for key in keys)
     assert "hf_secret" not in report
+
+
+ANY_VALUE = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 4096), st.floats(), st.text(max_size=6), st.just("1e-4"),
+    st.sampled_from(["none", "latest", "adamw8bit", "cosine", "sigmoid", "bf16", "lokr", "512,768", "instanceprompt"]),
+    st.lists(st.one_of(st.integers(16, 1024), st.text(max_size=4)), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+def some_of(table: Table) -> st.SearchStrategy[dict[str, object]]:
+    """Any keys of a table with any values."""
+    return st.dictionaries(st.sampled_from(sorted(table)), ANY_VALUE, max_size=12)
+
+
+def job_of(process: dict[str, object], sets: dict[str, object]) -> dict[str, object]:
+    """An ai-toolkit job of flat keys."""
+    nested: dict[str, object] = {"datasets": [{"folder_path": "x", **sets}], "model": {"is_flux": True}}
+    for key, value in process.items():
+        *parents, last = key.split(".")
+        table: object = nested
+        for parent in parents:
+            table = table.setdefault(parent, {}) if isinstance(table, dict) else {}
+        if isinstance(table, dict) and last not in table:
+            table[last] = value
+    return {"config": {"name": "n", "process": [nested]}}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_values_become_options_or_a_sentence(data: st.DataObject, tmp_path: Path) -> None:
+    kind = data.draw(st.sampled_from(["gui", "job", "server", "simpletuner", "replicate"]))
+    if kind == "job":
+        content = job_of(data.draw(some_of(TABLES["job"])), data.draw(some_of(TABLES["sets"])))
+    elif kind == "simpletuner":
+        backends = written(
+            tmp_path, [{"instance_data_dir": "x", **data.draw(some_of(TABLES["backend"]))}], "b.json"
+        )
+        content = {**data.draw(some_of(TABLES[kind])), "model_family": "flux", "model_type": "lora"}
+        content["data_backend_config"] = str(backends)
+    else:
+        signs = {"gui": {"flux1_checkbox": True}, "server": {"dataset_path": "x", "steps": 1}}
+        content = {**data.draw(some_of(TABLES[kind])), **signs.get(kind, {"input_images": "x"})}
+    path = written(tmp_path, content)
+    try:
+        imported = import_file(path)
+    except ConfigError:
+        return
+    assert imported.options.keys() <= OPTIONS.keys()
+    assert imported.origins.keys() == imported.options.keys()
+    for table in (imported.dataset or {"datasets": []})["datasets"]:
+        values = {**table, **{key: value for subset in table["subsets"] for key, value in subset.items()}}
+        assert values.keys() <= DATASET_KEYS.keys() | {"subsets"}
+    assert account(imported)
+    try:
+        text = options_toml(imported, "config.json")
+    except ConfigError:
+        return
+    options = toml.loads(text)
+    assert read(options) == read({name: imported.options[name] for name in options})
 
 
 def test_a_preset_of_the_gui_runs_under_the_names_of_options(tmp_path: Path) -> None:
@@ -154,6 +222,23 @@ def test_fields_of_the_gui_for_flux_lora(tmp_path: Path) -> None:
     is_there = importlib.util.find_spec("pytorch_optimizer") is not None
     assert imported.options.get("optimizer_type") == ("CAME" if is_there else None)
     assert is_there or "pytorch-optimizer" in dropped["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "arguments"),
+    [
+        ("Flux1 OFT", "networks.oft_flux", ["enable_all_linear=True"]),
+        ("Standard", "networks.lora_flux", None),
+        ("LyCORIS/LoCon", "lycoris.kohya", ["algo=locon"]),
+        ("LyCORIS/Diag-OFT", "lycoris.kohya", ["algo=diag-oft", "constraint=0.1"]),
+        ("LyCORIS/iA3", "lycoris.kohya", ["algo=ia3", "train_on_input=True"]),
+    ],
+)
+def test_lora_types_of_the_gui(kind: str, module: str, arguments: list[str] | None, tmp_path: Path) -> None:
+    fields = {"enable_all_linear": True, "constrain": 0.1, "train_on_input": True, "factor": -1}
+    imported = import_file(written(tmp_path, {"flux1_checkbox": True, "LoRA_type": kind, **fields}))
+    assert imported.options["network_module"] == module
+    assert imported.options.get("network_args") == arguments
 
 
 @pytest.mark.parametrize(
@@ -232,7 +317,7 @@ def test_uploads_and_trackers_count_as_far_as_this_version_has_them(tmp_path: Pa
     ("content", "sentence"),
     [
         ({"flux1_checkbox": False, "model_list": "sd15", "LoRA_type": "Standard"}, "for another model than FLUX.1"),
-        ({"flux1_checkbox": True, "LoRA_type": "Flux1 OFT"}, "LoRA_type Flux1 OFT is not available"),
+        ({"flux1_checkbox": True, "LoRA_type": "LoRA-FA"}, "LoRA_type LoRA-FA is not available"),
         ({"config": {"process": [{"type": "sd_trainer", "model": {"is_xl": True}}]}}, "than FLUX.1 .is_xl"),
         ({"config": {"process": [{"type": "sd_trainer", "model": {"arch": "wan21"}}]}}, "arch wan21"),
         ({"config": {"process": [{"type": "extract"}]}}, "which trains no LoRA"),

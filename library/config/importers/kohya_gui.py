@@ -114,7 +114,7 @@ SPECIAL: Table = {
     "stop_text_encoder_training": dropped("Kohya's trainer no longer has it"),
     "double_blocks_to_swap": dropped("blocks_to_swap took its place"),
     "single_blocks_to_swap": dropped("blocks_to_swap took its place"),
-    "enable_all_linear": dropped("it belongs to OFT, which is not available here; see LyCORIS/Diag-OFT"),
+    "enable_all_linear": decides(ARGUMENT + "enable_all_linear", note="with LoRA_type Flux1 OFT"),
     "clip_skip": dropped(_OTHER),
     "max_token_length": dropped(_OTHER),
     **dict.fromkeys(("model_list", "save_as_bool", "training_preset"), dropped(_GUI)),
@@ -229,12 +229,14 @@ def _network(draft: Draft, given: Mapping[str, Any]) -> None:
             draft.use(
                 "network_dim", rank, f"network_dim = {rank}", "beyond the layers' sizes: LoKr's full matrix"
             )
+    elif kind == "Flux1 OFT":
+        draft.set("network_module", "networks.oft_flux", key="LoRA_type")
     elif kind in ("Flux1", "Standard"):
         note = "" if kind == "Flux1" else "Standard is the LoRA of Stable Diffusion; FLUX's is Flux1"
         draft.set("network_module", "networks.lora_flux", key="LoRA_type", note=note)
     else:
         raise ConfigError(
-            f"LoRA_type {kind} is not available for FLUX here; Flux1 and {', '.join(_LYCORIS)} are"
+            f"LoRA_type {kind} is not available for FLUX here; Flux1, Flux1 OFT and {', '.join(_LYCORIS)} are"
         )
     for key, name in _LYCORIS_FIELDS.items():
         _argument(draft, given, key, name, bool(algorithm), "it counts with LyCORIS types only")
@@ -246,6 +248,14 @@ def _network(draft: Draft, given: Mapping[str, Any]) -> None:
     for key in _GGPO:
         wanted = kind == "Flux1" and given.get("train_lora_ggpo") is True
         _argument(draft, given, key, key, wanted, "it counts with train_lora_ggpo only")
+    _argument(
+        draft,
+        given,
+        "enable_all_linear",
+        "enable_all_linear",
+        kind == "Flux1 OFT",
+        "it counts with Flux1 OFT only",
+    )
     if "train_lora_ggpo" in given:
         draft.use("train_lora_ggpo", True, "ggpo_beta and ggpo_sigma count")
     swap = bool(given.get("split_mode"))

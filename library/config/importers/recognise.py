@@ -77,7 +77,7 @@ def import_file(path: Path) -> Imported:
         return source.convert(content, lambda name: _content(_beside(path, name)))
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from None
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         # A table where a value is expected, or the other way round: the converters take a program's own shape.
         raise ConfigError(
             f"{path.name} looks like a config of {source.kind}, but a value has not the shape it has there ({error})"

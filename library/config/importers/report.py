@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import toml
-
+from library.config.dataset_file import read_dataset_tables
 from library.config.importers.rules import ASSUMED, DATASET, READ, Imported, Note, shown
-from library.config.train_config import SECRETS
+from library.config.options import UNSET
+from library.config.train_config import OPTIONS, SECRETS
+from library.errors import ConfigError
 
 
 def options_toml(imported: Imported, name: str, *, dataset: str | None = None) -> str:
     """The options as a flat TOML file, each with the key of `name` it comes from. Secrets are left out.
 
-    `dataset` is the file of the dataset tables, named as dataset_config.
+    `dataset` is the file of the dataset tables, named as dataset_config. Raises ConfigError for a value that cannot
+    be read.
     """
     lines = [f"# {name}, a config of {imported.kind}, as options of this trainer", ""]
-    for option, value in imported.options.items():
-        origin = imported.origins.get(option, "")
+    for option, raw in imported.options.items():
+        key = imported.origins[option]
+        origin = "" if key == option else f"  # {key}"
+        try:
+            value = OPTIONS[option].read(raw, f"{name} {key}")
+        except ConfigError:
+            if OPTIONS[option].row.effect.state == "none":
+                continue  # as at loading
+            raise
         if option in SECRETS:
-            lines.append(f"# {option} is not written; give it on the command line  # {origin}")
-        else:
-            origin = "" if origin == option else f"  # {origin}"
-            lines.append(f"{_assignment(option, value)}{origin}")
+            lines.append(f"# {option} is not written; give it on the command line{origin}")
+        elif value is not UNSET:
+            lines.append(f"{option} = {_toml(value)}{origin}")
     if dataset is not None:
-        lines.append(f"{_assignment('dataset_config', dataset)}  # the datasets")
+        lines.append(f"dataset_config = {_toml(dataset)}  # the datasets")
     return "\n".join(lines) + "\n"
 
 
 def dataset_toml(imported: Imported, name: str) -> str:
-    """The dataset tables as a dataset_config file."""
-    return (
-        f"# The datasets of {name}, a config of {imported.kind}\n\n{toml.dumps(dict(imported.dataset or {}))}"
-    )
+    """The dataset tables as a dataset_config file. Raises ConfigError for a value that cannot be read."""
+    content: dict[str, Any] = dict(imported.dataset or {"datasets": []})
+    read_dataset_tables(content, name, masked_loss=True)
+    lines = [f"# The datasets of {name}, a config of {imported.kind}"]
+    for table in content["datasets"]:
+        lines += ["", "[[datasets]]", *(f"{key} = {_toml(table[key])}" for key in table if key != "subsets")]
+        for subset in table["subsets"]:
+            lines += [
+                "",
+                "  [[datasets.subsets]]",
+                *(f"  {key} = {_toml(value)}" for key, value in subset.items()),
+            ]
+    return "\n".join(lines) + "\n"
 
 
-def _assignment(name: str, value: object) -> str:
-    return toml.dumps({name: value}).rstrip("\n")
+def _toml(value: object) -> str:
+    """A value as TOML; a text is written as in JSON, which is TOML as well."""
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, (bool, str, Path)):
+        return json.dumps(value if isinstance(value, bool) else str(value), ensure_ascii=False)
+    return repr(value)
 
 
 def account(imported: Imported) -> str:
@@ -71,7 +96,8 @@ def remarks(imported: Imported, name: str) -> list[str]:
     for note in imported.notes:
         if not note.to and not note.is_off:
             reasons.setdefault(note.text, []).append(note.key)
-    said = [f"{name} is read as a config of {imported.kind}: " + "; ".join(dict.fromkeys(renamed))]
+    list_of_keys = ": " + "; ".join(dict.fromkeys(renamed)) if renamed else ""
+    said = [f"{name} is read as a config of {imported.kind}{list_of_keys}"]
     said += [f"{name}: {note.key}: {note.text}" for note in imported.notes if note.to and _differs(note)]
     return said + [f"{name}: dropped {', '.join(keys)} ({reason})" for reason, keys in reasons.items()]
 
