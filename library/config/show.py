@@ -8,7 +8,8 @@ from typing import NamedTuple
 import toml
 
 from library.config.load import LoadedConfig
-from library.config.train_config import OPTIONS, SECRETS
+from library.config.options import SECRETS
+from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
 NOT_WRITTEN = SECRETS | {"config_file", "output_config", "dry_run", "strict_config"}

@@ -83,4 +83,3 @@ SECTIONS: Mapping[str, type] = MappingProxyType(
     }
 )
 OPTIONS: Mapping[str, Option] = MappingProxyType(table(SECTIONS.items()))
-SECRETS = frozenset({"wandb_api_key", "huggingface_token"})  # never shown or written

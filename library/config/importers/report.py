@@ -9,8 +9,8 @@ from typing import Any
 
 from library.config.dataset_file import read_dataset_tables
 from library.config.importers.rules import ASSUMED, DATASET, READ, Imported, Note, shown
-from library.config.options import UNSET
-from library.config.train_config import OPTIONS, SECRETS
+from library.config.options import SECRETS, UNSET
+from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
 
