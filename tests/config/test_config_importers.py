@@ -70,19 +70,11 @@ def read(options: Mapping[str, object]) -> dict[str, object]:
     return {name: OPTIONS[name].read(value, "here") for name, value in options.items()}
 
 
-def with_trigger(options: dict[str, object]) -> dict[str, object]:
-    """Options as they are when captions know a trigger word."""
-    if "trigger_word" not in OPTIONS and "caption_prefix" in options:
-        options = {**options, "trigger_word": str(options["caption_prefix"]).strip()}
-        del options["caption_prefix"]
-    return options
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_sample_becomes_what_it_must(name: str) -> None:
     imported = sample(name)
     expected = json.loads((SAMPLES / f"{Path(name).stem}.expected.json").read_text(encoding="utf-8"))
-    assert with_trigger(dict(imported.options)) == expected["options"]
+    assert imported.options == expected["options"]
     assert imported.dataset == expected["dataset"]
 
 
@@ -105,7 +97,7 @@ def test_rules_lead_to_options_only(table: str) -> None:
             elif name.startswith(ARGUMENT):
                 assert name.removeprefix(ARGUMENT) in KNOWN_ARGUMENTS, key
             else:
-                assert name in {*OPTIONS, "trigger_word"}, key
+                assert name in OPTIONS, key
         assert not rule.is_dropped or rule.note, f"{key} is dropped without a reason"
 
 
@@ -279,7 +271,7 @@ def test_keys_of_simpletuner(changes: dict[str, object], options: dict[str, obje
         ({"sample": {"prompts": ["x"], "sample_every": 5}, "train": {"disable_sampling": True}},
          {"sample_prompts": None, "sample_every_n_steps": None}),
         ({"datasets": [{"folder_path": "x", "shuffle_tokens": True, "mask_path": "m"}]},
-         {"cache_text_encoder_outputs": None, "masked_loss": True}),
+         {"cache_text_encoder_outputs": True, "masked_loss": True}),
         ({"datasets": [{"folder_path": "x", "random_crop": True}]}, {"cache_latents": None}),
     ],
 )  # fmt: skip

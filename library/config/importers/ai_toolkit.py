@@ -15,7 +15,6 @@ from library.config.importers.rules import (
     Draft,
     Imported,
     dataset_values,
-    is_blank,
     note_dataset_keys,
     shown,
     translate,
@@ -141,8 +140,6 @@ def _precision_and_text(draft: Draft, flat: Mapping[str, Any]) -> None:
             draft.drop("train.text_encoder_lr", flat["train.text_encoder_lr"], "no text encoder is trained")
     if "train.optimizer" in flat:
         common.set_optimizer(draft, "train.optimizer", flat["train.optimizer"])
-    if not is_blank(flat.get("trigger_word")):
-        common.set_trigger(draft, "trigger_word", flat["trigger_word"])
 
 
 def _timesteps(draft: Draft, flat: Mapping[str, Any]) -> None:
@@ -227,11 +224,8 @@ def _datasets(draft: Draft, sets: list[Any], flat: Mapping[str, Any]) -> None:
     if not any(subset.get("random_crop") for subset in subsets):
         to_disk = any(common.truth(given.get("cache_latents_to_disk", False)) for given in sets)
         draft.set("cache_latents_to_disk" if to_disk else "cache_latents", True, key="datasets.cache_latents")
-    changing = any(
-        subset.get("shuffle_caption") or subset.get("caption_tag_dropout_rate") for subset in subsets
-    )
-    if not changing and not common.truth(flat.get("train.train_text_encoder", False)):
-        why = "captions do not change, so they are encoded once; text encoders then need no memory"
+    if not common.truth(flat.get("train.train_text_encoder", False)):
+        why = "captions are encoded once; text encoders then need no memory"
         draft.assume("cache_text_encoder_outputs", True, why)
 
 
@@ -241,10 +235,6 @@ def _dataset(draft: Draft, given: Mapping[str, Any], position: int) -> dict[str,
     subset = dataset_values(SETS, given)
     if "image_dir" not in subset:
         raise ConfigError(f"datasets: entry {position} has no folder_path, the folder of its pictures")
-    trigger = given.get("trigger_word")
-    if not is_blank(trigger):
-        key = common.trigger_key()
-        subset[key or "caption_prefix"] = trigger if key else f"{trigger} "
     step = max(16, int(given.get("bucket_tolerance") or 64) // 16 * 16)
     by_aspect = common.truth(given.get("buckets", True))
     for side in common.resolutions(given.get("resolution", 512), "resolution"):

@@ -42,7 +42,7 @@ def _extension(value: Any) -> str:
 PROCESS: Table = {
     "type": decides(note="must be a trainer of LoRAs"),
     "training_folder": decides("output_dir", note="the folder of the job's name in it"),
-    "trigger_word": decides("trigger_word"),
+    "trigger_word": option("trigger_word"),
     "training_seed": option("seed"),
     "device": dropped("accelerate launch chooses the GPUs"),
     "performance_log_every": dropped("the progress line always has the speed"),
@@ -180,7 +180,7 @@ SETS: Table = {
     "is_reg": dataset("is_reg", common.truth),
     "alpha_mask": dataset("alpha_mask", common.truth, "with masked_loss"),
     "mask_path": dataset("conditioning_data_dir", same, "with masked_loss"),
-    "trigger_word": decides("trigger_word"),
+    "trigger_word": dataset("trigger_word"),
     "cache_latents": decides("cache_latents"),
     "cache_latents_to_disk": decides("cache_latents_to_disk"),
     "mask_min_value": dropped("masks are used as they are"),

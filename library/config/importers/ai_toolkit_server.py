@@ -37,7 +37,7 @@ KEYS: Table = {
     "network_dim": decides("network_dim"),
     "network_alpha": decides("network_alpha"),
     "dropout": option("network_dropout"),
-    "trigger_word": decides("trigger_word"),
+    "trigger_word": option("trigger_word"),
     "instance_prompt": decides(DATASET + "class_tokens", note="for pictures without a caption"),
     "caption_dropout_rate": option("caption_dropout_rate"),
     "test_prompts": decides("sample_prompts"),
@@ -94,8 +94,6 @@ def convert(content: Mapping[str, Any]) -> Imported:
             draft.drop(keys[1], given[keys[1]], f"{chosen} = {given[chosen]} is given as well and counts")
     if not is_blank(given.get("optimizer")):
         common.set_optimizer(draft, "optimizer", given["optimizer"])
-    if not is_blank(given.get("trigger_word")):
-        common.set_trigger(draft, "trigger_word", given["trigger_word"])
     if not is_blank(given.get("lr_warmup_steps")):
         if given.get("lr_scheduler", "constant") == "constant":
             draft.drop("lr_warmup_steps", given["lr_warmup_steps"], "lr_scheduler constant has no warm-up")

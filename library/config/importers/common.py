@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,25 +103,6 @@ def set_optimizer(draft: Draft, key: str, value: object) -> None:
     plain = re.sub(r"[-_]", "", str(value).lower())
     name = OPTIMIZERS.get(plain, str(value))
     draft.set("optimizer_type", name, key=key, note=INEXACT_OPTIMIZERS.get(plain, ""))
-
-
-def set_trigger(draft: Draft, key: str, value: object) -> None:
-    """The word that every caption begins with."""
-    word = str(value).strip()
-    if "trigger_word" in OPTIONS:
-        draft.set("trigger_word", word, key=key)
-    else:
-        draft.set(
-            "caption_prefix",
-            f"{word} ",
-            key=key,
-            note="put before every caption, also where it stands already",
-        )
-
-
-def trigger_key() -> str:
-    """The dataset key for a trigger word, or ""."""
-    return "trigger_word" if "trigger_word" in OPTIONS else ""
 
 
 def buckets(resolution: int, *, step: int = 64, by_aspect: bool = True) -> dict[str, object]:

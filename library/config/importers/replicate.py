@@ -86,7 +86,7 @@ def convert(content: Mapping[str, Any]) -> Imported:
     translate(draft, KEYS, given)
     word = str(given.get("trigger_word", "TOK") or "").strip()
     if word:
-        common.set_trigger(draft, "trigger_word", word)
+        draft.set("trigger_word", word, key="trigger_word")
     draft.set("output_name", word or "lora", key="trigger_word")
     rank = given.get("lora_rank") or 16
     draft.set("network_dim", rank, key="lora_rank")
