@@ -32,6 +32,7 @@ from networks.targets import (
     Target,
     candidates,
     check_block_indices,
+    check_names,
     rank_rule,
     select,
     split_rows,
@@ -64,6 +65,7 @@ def create_network(
     check_block_indices(options, unet)
     found = candidates(unet, _encoders(text_encoder), blocks=options.train_blocks, t5=options.train_t5xxl)
     targets = select(found, rank_rule(options, dim=dim), split_qkv=options.split_qkv)
+    check_names(options, targets)
     alpha = 1.0 if network_alpha is None else float(network_alpha)
     return LoRANetwork(
         targets,

@@ -7,12 +7,16 @@ remark beside each says which. Nothing is imported from it before it is asked fo
 from __future__ import annotations
 
 import importlib
+import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import toml
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +85,39 @@ def remarks(arguments: Mapping[str, object]) -> Iterator[str]:
         )
 
 
+def inline_preset(arguments: Mapping[str, object]) -> dict[str, Any] | None:
+    """The preset that stands in `network_args` itself, as a JSON object; None for a name or a file.
+
+    Raises `NetworkPluginError` for text that is no JSON.
+    """
+    text = str(arguments.get("preset", "")).strip()
+    if not text.startswith("{"):
+        return None
+    try:
+        preset = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise NetworkPluginError(
+            f"network_args preset={text}: this is no JSON object ({error}); give a name, a .toml file or JSON"
+        ) from None
+    return dict(preset)
+
+
+@contextmanager
+def preset_as_file(arguments: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """`network_args` as LyCORIS reads them: it knows presets by name or as a TOML file, not as text.
+
+    With the text in network_args, the metadata of saved files holds the whole preset, and no rank waits for a file.
+    """
+    preset = inline_preset(arguments)
+    if preset is None:
+        yield arguments
+        return
+    with tempfile.TemporaryDirectory(prefix="polyrank-") as folder:
+        file = Path(folder) / "preset.toml"
+        file.write_text(toml.dumps(preset), encoding="utf-8")
+        yield {**arguments, "preset": str(file)}
+
+
 @contextmanager
 def fresh_presets() -> Iterator[type]:
     """Its network class, with targets that no earlier network of this process has changed.
@@ -98,15 +135,19 @@ def fresh_presets() -> Iterator[type]:
 
 
 @contextmanager
-def targets(arguments: Mapping[str, object], *, dim: int, models: Sequence[nn.Module]) -> Iterator[None]:
-    """Surround `create_network`: fresh presets, and for BOFT no layer that it cannot decompose.
+def targets(
+    arguments: Mapping[str, object], *, dim: int, models: Sequence[nn.Module]
+) -> Iterator[Mapping[str, object]]:
+    """Surround `create_network`, which gets what this yields for its arguments.
+
+    Presets are fresh and may be text in `arguments`; for BOFT no layer is chosen that it cannot decompose.
 
     BOFT needs an output size of an even number up to `dim` times a power of two; of FLUX's sizes, 21504 (linear1 of
     single blocks) is none. Raises `NetworkPluginError` when a preset's own exclude_name leaves such a layer in.
     """
-    with fresh_presets() as cls:
+    with fresh_presets() as cls, preset_as_file(arguments) as read:
         if arguments.get("algo") != "boft":
-            yield
+            yield read
             return
         left_out = _undecomposable(dim, models)
         if left_out:
@@ -117,7 +158,7 @@ def targets(arguments: Mapping[str, object], *, dim: int, models: Sequence[nn.Mo
             )  # fmt: skip
         cls.TARGET_EXCLUDE_NAME = [*cls.TARGET_EXCLUDE_NAME, *left_out]  # type: ignore[attr-defined]
         try:
-            yield
+            yield read
         except ValueError as error:
             raise NetworkPluginError(
                 f"network_args algo=boft: {error} Add that layer to the preset's exclude_name, or raise network_dim"

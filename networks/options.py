@@ -51,6 +51,8 @@ class LoRAOptions:
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
+    target_regex: str | None = None  # ours: of the transformer, only layers with a name it is found in
+    exclude_regex: str | None = None  # ours: no layers with a name it is found in
     network_reg_dims: tuple[tuple[str, int], ...] = ()  # (regular expression, rank), first match wins
     network_reg_lrs: tuple[
         tuple[str, float], ...
@@ -117,6 +119,15 @@ def _in_dims(key: str, value: object) -> tuple[int, ...]:
     return ranks
 
 
+def _expression(key: str, value: object) -> str:
+    text = str(value).strip()
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise NetworkPluginError(f"network_args {key}: {text!r} is no regular expression: {error}") from None
+    return text
+
+
 def _pairs(key: str, value: object) -> tuple[tuple[str, str], ...]:
     text, position, pairs = str(value).strip().rstrip(","), 0, []
     while position < len(text):
@@ -125,13 +136,7 @@ def _pairs(key: str, value: object) -> tuple[tuple[str, str], ...]:
             raise NetworkPluginError(
                 f"network_args {key}: {text[position:]!r} is not of the form regex=number"
             )
-        try:
-            re.compile(match["pattern"])
-        except re.error as error:
-            raise NetworkPluginError(
-                f"network_args {key}: {match['pattern']!r} is no regular expression: {error}"
-            ) from None
-        pairs.append((match["pattern"], match["value"]))
+        pairs.append((_expression(key, match["pattern"]), match["value"]))
         position = match.end()
     return tuple(pairs)
 
@@ -165,6 +170,8 @@ READERS: Mapping[str, Callable[[str, object], object]] = {
     "loraplus_lr_ratio": _number,
     "loraplus_unet_lr_ratio": _number,
     "loraplus_text_encoder_lr_ratio": _number,
+    "target_regex": _expression,
+    "exclude_regex": _expression,
     "network_reg_dims": _reg_dims,
     "network_reg_lrs": _reg_lrs,
     "ggpo_sigma": _number,

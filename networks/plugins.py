@@ -91,6 +91,7 @@ def check(config: NetworkConfig) -> None:
     if plugin.check_arguments is not None:
         plugin.check_arguments(arguments)
     if plugin.is_lycoris:
+        lycoris_fit.inline_preset(arguments)
         for remark in lycoris_fit.remarks(arguments):
             logger.warning(remark)
 
@@ -160,7 +161,8 @@ def create_module(
             arguments.setdefault("warn_on_unmatched", False)
         dim = config.network_dim or lycoris_fit.DEFAULT_DIM
         models = [transformer, *encoders]
-        with lycoris_fit.targets(arguments, dim=dim, models=models) if plugin.is_lycoris else nullcontext():
+        fit = lycoris_fit.targets(arguments, dim=dim, models=models) if plugin.is_lycoris else None
+        with fit or nullcontext(arguments) as read:
             network = plugin.create_network(
                 multiplier,
                 config.network_dim,
@@ -169,7 +171,7 @@ def create_module(
                 encoders,
                 transformer,
                 neuron_dropout=config.network_dropout,
-                **arguments,
+                **read,
             )
     if not isinstance(network, nn.Module):
         raise NetworkPluginError(f"network_module {plugin.name} made no network ({network!r})")

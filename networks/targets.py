@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from library.errors import NetworkPluginError
+from networks.names import diffusers_names
 from networks.options import LoRAOptions
 
 UNET = "lora_unet"
@@ -53,6 +54,10 @@ class Candidate:
     def name(self) -> str:
         """The name in adapter files, such as lora_unet_double_blocks_0_img_attn_qkv."""
         return f"{self.prefix}_{self.path}".replace(".", "_")
+
+    def is_called(self, pattern: str) -> bool:
+        """Whether a regular expression is found in one of its names: Kohya's, Black Forest Labs', diffusers'."""
+        return any(re.search(pattern, name) for name in (self.name, self.path, *diffusers_names(self.path)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +147,7 @@ def parse_indices(key: str, text: str, depth: int) -> frozenset[int]:
 
 
 def rank_rule(options: LoRAOptions, *, dim: int) -> RankRule:
-    """The rank of each candidate by `network_args`: regular expression, else block selection and type.
+    """The rank of each candidate by `network_args`: name, regular expression, block selection, type.
 
     A rank of 0 means the layer is left alone. `dim` is network_dim.
     """
@@ -152,6 +157,8 @@ def rank_rule(options: LoRAOptions, *, dim: int) -> RankRule:
     }
 
     def rule(candidate: Candidate) -> int:
+        if candidate.prefix == UNET and not _is_wanted(options, candidate):
+            return 0
         for pattern, rank in options.network_reg_dims:
             if re.search(pattern, candidate.name):
                 return rank
@@ -164,6 +171,14 @@ def rank_rule(options: LoRAOptions, *, dim: int) -> RankRule:
         return _type_rank(options, candidate, dim)
 
     return rule
+
+
+def _is_wanted(options: LoRAOptions, candidate: Candidate) -> bool:
+    """By target_regex and exclude_regex, which narrow what the other arguments choose in the transformer."""
+    wanted, unwanted = options.target_regex, options.exclude_regex
+    return (wanted is None or candidate.is_called(wanted)) and not (
+        unwanted is not None and candidate.is_called(unwanted)
+    )
 
 
 def _type_rank(options: LoRAOptions, candidate: Candidate, dim: int) -> int:
@@ -207,6 +222,18 @@ def select(found: Iterator[Candidate], rule: RankRule, *, split_qkv: bool) -> li
             parts = split_rows(candidate) if split_qkv else ()
             targets.append(Target(candidate=candidate, rank=rank, parts=parts))
     return targets
+
+
+def check_names(options: LoRAOptions, targets: Sequence[Target]) -> None:
+    """Raise if target_regex and exclude_regex leave nothing of the transformer, as a misspelt name does."""
+    given = {"target_regex": options.target_regex, "exclude_regex": options.exclude_regex}
+    shown = " ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+    if shown and not any(target.candidate.prefix == UNET for target in targets):
+        raise NetworkPluginError(
+            f"network_args {shown} leaves no layer of this transformer; a layer is called "
+            "lora_unet_single_blocks_0_linear2, single_blocks.0.linear2 or "
+            "transformer.single_transformer_blocks.0.proj_out"
+        )
 
 
 def check_block_indices(options: LoRAOptions, transformer: nn.Module) -> None:

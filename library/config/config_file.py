@@ -20,10 +20,16 @@ from library.config.toml_file import key_lines, parse_toml, read_text
 from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
+OTHER_PROGRAMS = (".json", ".yaml", ".yml")
+
 
 def config_path(name: str) -> Path:
-    """The file that --config_file names; `.toml` may be left out."""
-    return Path(name if name.endswith(".toml") else name + ".toml").expanduser()
+    """The file that --config_file names; `.toml` may be left out. Files of other programs have other endings."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() in OTHER_PROGRAMS or name.endswith(".toml"):
+        return path
+    with_suffix = path.with_name(f"{path.name}.toml")
+    return path if path.is_file() and not with_suffix.exists() else with_suffix
 
 
 def read_config_file(path: Path, notices: Notices) -> dict[str, Given]:

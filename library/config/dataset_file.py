@@ -54,24 +54,28 @@ class DatasetFile:
 
 def read_dataset_file(path: Path, *, masked_loss: bool) -> DatasetFile:
     """Read and check the file. Raises ConfigError naming file, table and key."""
-    content = _parse(path)
-    for name in content:
-        if name not in ("general", "datasets"):
+    return read_dataset_tables(_parse(path), path.name, masked_loss=masked_loss)
+
+
+def read_dataset_tables(content: Mapping[str, Any], name: str, *, masked_loss: bool) -> DatasetFile:
+    """Check the content of a dataset file. Raises ConfigError naming `name`, table and key."""
+    for key in content:
+        if key not in ("general", "datasets"):
             raise ConfigError(
-                f"{path.name}: {name!r} stands outside [general] and [[datasets]]"
-                + suggestion(name, ("general", "datasets"))
+                f"{name}: {key!r} stands outside [general] and [[datasets]]"
+                + suggestion(key, ("general", "datasets"))
             )
     general = read_table(
-        _table(content.get("general", {}), f"{path.name} {GENERAL}"), GENERAL, f"{path.name} {GENERAL}"
+        _table(content.get("general", {}), f"{name} {GENERAL}"), GENERAL, f"{name} {GENERAL}"
     )
-    tables = _tables(content.get("datasets", []), f"{path.name}: datasets")
+    tables = _tables(content.get("datasets", []), f"{name}: datasets")
     if not tables:
         raise ConfigError(
-            f"{path.name} has no [[datasets]]: add one with a [[datasets.subsets]] that names image_dir"
+            f"{name} has no [[datasets]]: add one with a [[datasets.subsets]] that names image_dir"
         )
     datasets = []
     for number, table in enumerate(tables, 1):
-        datasets.append(_dataset(table, f"{path.name} {DATASET} {number}", masked_loss=masked_loss))
+        datasets.append(_dataset(table, f"{name} {DATASET} {number}", masked_loss=masked_loss))
     return DatasetFile(general, tuple(datasets))
 
 

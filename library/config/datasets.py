@@ -1,6 +1,7 @@
 """From options to resolved datasets: a dataset_config file, a metadata file, or folders named N_name.
 
-Folders are listed, images are not: that is the data layer's work.
+Folders are listed, images are not: that is the data layer's work. A zip file that stands for a folder is unpacked
+under output_dir.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from library.config import dataset_rules
-from library.config.dataset_file import DatasetTable, SubsetTable, read_dataset_file
+from library.config.archives import is_archive, unpacked
+from library.config.dataset_file import DatasetTable, SubsetTable, read_dataset_file, read_dataset_tables
 from library.config.dataset_keys import KEYS
 from library.config.dataset_settings import DatasetSettings, SubsetSettings
 from library.config.notices import Notices
@@ -25,12 +27,17 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", "
 def resolve_datasets(config: TrainConfig, *, notices: Notices | None = None) -> tuple[DatasetSettings, ...]:
     """The datasets of a run, every value resolved and checked.
 
-    A dataset_config file wins over in_json, which wins over the folders, as in Kohya. What was left out or
-    changed is said in `notices`. Raises ConfigError for a wrong value, DatasetError for a missing folder.
+    The tables of an imported config win over a dataset_config file, which wins over in_json, which wins over the
+    folders, as in Kohya. What was left out or changed is said in `notices`. Raises ConfigError for a wrong value,
+    DatasetError for a missing folder.
     """
     notices = notices if notices is not None else Notices()
     data = config.dataset
-    if data.dataset_config is not None:
+    if config.dataset_tables is not None:
+        name = config.run.config_file.name if config.run.config_file else "config file"
+        content = read_dataset_tables(config.dataset_tables, name, masked_loss=data.masked_loss)
+        general, tables = content.general, content.datasets
+    elif data.dataset_config is not None:
         content = read_dataset_file(data.dataset_config, masked_loss=data.masked_loss)
         general, tables = content.general, content.datasets
     elif data.in_json is not None:
@@ -86,6 +93,9 @@ def _subset(
     values["caption_extension"] = extension if extension.startswith(".") else f".{extension}"
     if values.get("is_reg"):  # they show what the trigger word does not mean
         values["trigger_word"] = subset.values.get("trigger_word")
+    folder = values.get("image_dir")
+    if folder is not None and is_archive(folder):
+        values["image_dir"] = unpacked(folder, (config.saving.output_dir or folder.parent) / "images")
     settings = SubsetSettings(**values)
     for name, folder in (
         ("image_dir", settings.image_dir),

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from library.config import rules
 from library.config.cli import Given, parse
 from library.config.config_file import config_path, read_config_file
 from library.config.implied import apply_implications
+from library.config.importers.recognise import import_file
+from library.config.importers.report import remarks
 from library.config.notices import Notices
 from library.config.options import UNSET, Option
 from library.config.train_config import OPTIONS, TrainConfig
@@ -40,14 +43,16 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     notices = Notices()
     given = parse(argv, notices)
     writes = "output_config" in given
+    tables = None
     if "config_file" in given:
         path = config_path(str(given["config_file"].raw))
         given["config_file"] = Given(str(path), given["config_file"].place)
         if not writes:
-            given = {**read_config_file(path, notices), **given}
+            of_file, tables = _read_file(path, given, notices)
+            given = {**of_file, **given}
     values, sources = read_values(given, notices)
     apply_implications(values, sources, notices)
-    config = TrainConfig.from_values(values)
+    config = TrainConfig.from_values(values, dataset_tables=tables)
     if not writes:
         rules.check(config, sources, notices)
     if config.run.strict_config and notices.remarks:
@@ -55,6 +60,25 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     return LoadedConfig(
         config, notices.all(), MappingProxyType({name: sources.get(name, "default") for name in OPTIONS})
     )
+
+
+def _read_file(
+    path: Path, given: Mapping[str, Given], notices: Notices
+) -> tuple[dict[str, Given], Mapping[str, object] | None]:
+    """What the config file gives: options and, if it is another program's, dataset tables."""
+    if path.suffix == ".toml":
+        return read_config_file(path, notices), None
+    imported = import_file(path)
+    notices.remarks.extend(remarks(imported, path.name))
+    options = {
+        name: Given(value, f"{path.name} {imported.origins[name]}")
+        for name, value in imported.options.items()
+    }
+    named = [name for name in ("dataset_config", "in_json", "train_data_dir") if name in given]
+    if imported.dataset is None or not named:
+        return options, imported.dataset
+    notices.remarks.append(f"--{named[0]} names the data, so the datasets of {path.name} are ignored")
+    return options, None
 
 
 def read_values(given: Mapping[str, Given], notices: Notices) -> tuple[dict[str, object], dict[str, str]]:

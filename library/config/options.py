@@ -16,6 +16,7 @@ from library.config.names import suggestion
 from library.errors import ConfigError
 
 COMMAND_LINE = "command line"
+SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
 UNSET: Final = object()  # what reading gives for a value that stands for "not given"
 
 

@@ -97,6 +97,8 @@ def output_has_a_place(context: Context) -> None:
 def data_has_one_source(context: Context) -> None:
     """One of dataset_config, in_json and train_data_dir; the first of them wins, as in Kohya."""
     data = context.config.dataset
+    if context.config.dataset_tables is not None:
+        return
     if not (data.dataset_config or data.in_json or data.train_data_dir):
         raise ConfigError(
             "no data: give train_data_dir (a folder with sub-folders such as 10_name) or dataset_config"

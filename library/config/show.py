@@ -8,10 +8,10 @@ from typing import NamedTuple
 import toml
 
 from library.config.load import LoadedConfig
+from library.config.options import SECRETS
 from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
-SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
 NOT_WRITTEN = SECRETS | {"config_file", "output_config", "dry_run", "strict_config"}
 
 

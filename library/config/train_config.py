@@ -52,14 +52,19 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     other: OtherFamilyConfig = field(default_factory=OtherFamilyConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    # What another program's config says of the data, as the content of a dataset_config file; no option.
+    dataset_tables: Mapping[str, object] | None = None
 
     @classmethod
-    def from_values(cls, values: Mapping[str, object]) -> TrainConfig:
+    def from_values(
+        cls, values: Mapping[str, object], *, dataset_tables: Mapping[str, object] | None = None
+    ) -> TrainConfig:
         """The config with these options, by flat name and of the right types; defaults for the rest."""
         by_section: dict[str, dict[str, object]] = {name: {} for name in SECTIONS}
         for name, value in values.items():
             by_section[OPTIONS[name].section][name] = value
-        return cls(**{name: section(**by_section[name]) for name, section in SECTIONS.items()})
+        sections = {name: section(**by_section[name]) for name, section in SECTIONS.items()}
+        return cls(**sections, dataset_tables=dataset_tables)
 
     def flat(self) -> dict[str, object]:
         """All options by their flat names, as Kohya's namespace has them."""
@@ -71,6 +76,10 @@ class TrainConfig:
 
 
 SECTIONS: Mapping[str, type] = MappingProxyType(
-    {item.name: cast(type, item.default_factory) for item in dataclasses.fields(TrainConfig)}
+    {
+        item.name: cast(type, item.default_factory)
+        for item in dataclasses.fields(TrainConfig)
+        if item.name != "dataset_tables"
+    }
 )
 OPTIONS: Mapping[str, Option] = MappingProxyType(table(SECTIONS.items()))

@@ -17,6 +17,7 @@ from library.config.dataset_settings import SubsetSettings
 from library.data.scan import SHOWN, Listing, Problems
 
 FALLBACK_EXTENSION = ".txt"
+NO_FILES = ".none"  # caption_extension = "none": captions are the class tokens, whatever files there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems
     extension = asked if asked.startswith(".") or not asked else f".{asked}"
     notices = []
     files = _caption_files(listing, extension)
-    if not files and extension != FALLBACK_EXTENSION:
+    if not files and extension not in (FALLBACK_EXTENSION, NO_FILES):
         files = _caption_files(listing, FALLBACK_EXTENSION)
         if files:
             extension = FALLBACK_EXTENSION
@@ -59,7 +60,7 @@ def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems
             f"has no {extension} captions and no class tokens: write captions beside the images, name the folder "
             f"{settings.num_repeats}_token, or set caption_dropout_rate = 1 to train without captions",
         )
-    elif missing:
+    elif missing and extension != NO_FILES:
         notices.append(_missing_notice(missing, listing, settings, extension))
     if blank:
         notices.append(

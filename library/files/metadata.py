@@ -249,7 +249,7 @@ MODELSPEC_KEYS: Mapping[str, Row] = {
 def build(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
     """The metadata of a run's adapter files, but for what `at_save` adds. At least one dataset is needed."""
     source = _Source(config, facts)
-    with_config = source.options["dataset_config"] is not None
+    with_config = source.options["dataset_config"] is not None or config.dataset_tables is not None
     values: dict[str, object] = {key: source.options[name] for key, name in OPTION_KEYS.items()}
     values |= {key: row(source) for key, row in FACT_KEYS.items()}
     if not with_config:

@@ -142,6 +142,14 @@ def test_caption_files(tmp_path, content, wildcard, caption):
     assert record.caption == caption
 
 
+def test_caption_files_can_be_left_aside(tmp_path):
+    write_picture(tmp_path / "a.png", (20, 20))
+    (tmp_path / "a.txt").write_text("a cat")
+    found = discover(one_folder(tmp_path, caption_extension=".none"), seed=0)
+    assert [record.caption for record in found.records] == ["thing"]
+    assert not found.notices
+
+
 def test_problems_are_listed_together(tmp_path):
     for number in range(8):
         (tmp_path / f"{number}.png").write_bytes(b"not an image")

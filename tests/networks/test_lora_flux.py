@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import CheckpointError, NetworkPluginError
+from library.models.key_maps import flux_from_diffusers
 from networks.ggpo import Perturbation
 from networks.layers import Dropouts, LoRALinear
 from networks.lora_flux import LoRANetwork, create_network, create_network_from_weights
+from networks.names import diffusers_names
 from networks.options import parse
 from networks.targets import Candidate, Target, parse_indices
 from tests.networks.tiny_models import WIDTH, Rig, TinyFlux
@@ -79,6 +81,12 @@ def test_names_of_all_layers() -> None:
         ({"train_double_block_indices": "none"}, dict.fromkeys(BLOCK_0[:10])),
         ({"train_double_block_indices": ""}, dict.fromkeys(BLOCK_0[:10])),
         ({"train_single_block_indices": "1"}, dict.fromkeys(BLOCK_0[10:])),
+        ({"target_regex": "transformer.single_transformer_blocks.(0|7).proj_out"},
+         dict.fromkeys(name for name in BLOCK_0 if name != "single_blocks_0_linear2")),
+        ({"target_regex": r"double_blocks\.\d+\.img_", "exclude_regex": "lora_unet_.*_mod_lin"},
+         dict.fromkeys(name for name in BLOCK_0 if "_img_" not in name or "mod_lin" in name)),
+        ({"exclude_regex": r"attn\.to_q|add_k_proj"},
+         dict.fromkeys(name for name in BLOCK_0 if "qkv" in name or "linear1" in name)),
         (
             {"network_reg_dims": "img_mlp_\\d{1,2}=3,img_=9", "train_double_block_indices": "none"},
             {**dict.fromkeys(BLOCK_0[:10]), "double_blocks_0_img_mlp_0": 3, "double_blocks_0_img_mlp_2": 3,
@@ -91,6 +99,25 @@ def test_ranks_by_network_args(arguments: dict[str, str], changed: dict[str, int
     expected = {name: rank for name, rank in {**dict.fromkeys(BLOCK_0, 4), **changed}.items() if rank}
     found = ranks(network(Rig(), **arguments))
     assert {name: rank for name, rank in found.items() if "blocks_0" in name} == expected
+
+
+def test_a_name_that_no_layer_has_is_refused() -> None:
+    with pytest.raises(NetworkPluginError, match=r"target_regex=blocks.99.*leaves no layer"):
+        network(Rig(), target_regex="blocks.99")
+
+
+def test_diffusers_names_are_those_of_the_loader() -> None:
+    recipes = flux_from_diffusers(depth=2, depth_single_blocks=1, guidance=True)
+    layers = {name.removesuffix(".weight"): recipe for name, recipe in recipes.items()}
+    blocks = {
+        name: recipe.sources
+        for name, recipe in layers.items()
+        if "_blocks." in name and not name.endswith((".bias", ".scale"))
+    }
+    assert {
+        name: tuple(f"{one.removeprefix('transformer.')}.weight" for one in diffusers_names(name))
+        for name in blocks
+    } == blocks
 
 
 def test_block_lists() -> None:
@@ -109,7 +136,8 @@ def test_block_lists() -> None:
     [
         ({"img_mod_dim0": "1"}, "did you mean img_mod_dim"),
         ({"algo": "lokr"}, "lycoris.kohya"),
-        ({"target_modules": "x"}, "known are"),
+        ({"target_modules": "x"}, "did you mean target_regex"),
+        ({"quux": "x"}, "known are"),
         ({"train_t5xxl": "maybe"}, "must be True or False"),
         ({"img_attn_dim": "-1"}, "negative"),
         ({"img_attn_dim": "many"}, "whole number"),
@@ -119,6 +147,7 @@ def test_block_lists() -> None:
         ({"train_blocks": "both"}, "all, double, single"),
         ({"network_reg_dims": "img"}, "regex=number"),
         ({"network_reg_lrs": "(=1"}, "no regular expression"),
+        ({"target_regex": "(7"}, "no regular expression"),
         ({"ggpo_sigma": "0.1"}, "only work together"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -85,3 +86,20 @@ def test_a_decomposition_that_would_have_no_effect_is_refused() -> None:
 def test_the_users_choice_of_bypass_mode_stands() -> None:
     handle = made(Rig(), "algo=lokr", "bypass_mode=False")
     assert not any(module.bypass_mode for module in handle.module.unet_loras)
+
+
+def test_a_preset_may_stand_in_network_args() -> None:
+    rig = Rig()
+    preset = {
+        "unet_target_module": [],
+        "unet_target_name": ["double_blocks.*.img_attn.*", "single_blocks.*.linear1"],
+        "use_fnmatch": True,
+        "name_algo_map": {"double_blocks.*.img_attn.*": {"factor": 2}},
+    }
+    handle = made(rig, "algo=lokr", f"preset={json.dumps(preset)}")
+    names = {name.split(".")[0] for name, _ in handle.module.named_parameters()}
+    assert "lora_unet_single_blocks_0_linear1" in names
+    assert all("img_attn" in name or name.endswith("linear1") for name in names)
+
+    with pytest.raises(NetworkPluginError, match="no JSON object"):
+        made(Rig(), "algo=lokr", "preset={broken")

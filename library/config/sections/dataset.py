@@ -45,7 +45,9 @@ class DatasetConfig:
         "filter for resizing; unset is area when shrinking and lanczos when enlarging",
         choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
     )
-    caption_extension: str = option(".caption", "ending of caption files")
+    caption_extension: str = option(
+        ".caption", "ending of caption files; none reads no file, captions are then class_tokens"
+    )
     caption_extention: str | None = option(None, "old spelling of caption_extension")
     caption_separator: str = option(",", "what stands between the tags of a caption")
     shuffle_caption: bool = option(False, "shuffle the tags of a caption at each visit")

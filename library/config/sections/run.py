@@ -12,7 +12,9 @@ from library.config.options import option
 class RunConfig:
     """Config file and dry run."""
 
-    config_file: Path | None = option(None, "TOML file with options; the command line overrides it")
+    config_file: Path | None = option(
+        None, "TOML file with options, or another trainer's config; the command line overrides it"
+    )
     output_config: bool = option(False, "write the options of the command line to config_file and stop")
     dry_run: bool = option(
         False, "check everything, print the resolved options and the plan, and stop", ours=True

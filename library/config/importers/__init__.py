@@ -1,0 +1,1 @@
+"""Configs of other programs, turned into our options: one table a program, one module a table."""
