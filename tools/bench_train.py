@@ -114,9 +114,14 @@ class RandomText:
 
     cached: CachedText
 
-    def read(self, record: ImageRecord, **_: Any) -> CachedText:
+    def caption(self, record: ImageRecord, *, visit: int, step: int) -> str:
+        """No words: the outputs are random."""
+        del record, visit, step
+        return ""
+
+    def read(self, record: ImageRecord, caption: str | None) -> CachedText:
         """The same for every caption."""
-        del record
+        del record, caption
         return self.cached
 
 
