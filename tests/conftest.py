@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -18,3 +19,24 @@ os.environ.setdefault("POLYRANK_CACHE", str(Path(tempfile.gettempdir()) / f"poly
 def repository() -> Path:
     """The folder of the project."""
     return Path(__file__).resolve().parent.parent
+
+
+class Messages(logging.Handler):
+    """Keeps the text of every record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def our_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What we warn of and worse, whatever a run in this process has made of the loggers before."""
+    logger, messages = logging.getLogger("library"), Messages()
+    monkeypatch.setattr(logger, "handlers", [messages])
+    monkeypatch.setattr(logger, "propagate", False)
+    messages.setLevel(logging.WARNING)
+    return messages.texts

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from library.config.names import suggestion
 from library.config.notices import Notices
-from library.config.options import COMMAND_LINE, Option
+from library.config.options import COMMAND_LINE, SECRETS, Option
 from library.config.train_config import OPTIONS, SECTIONS
 from library.errors import ConfigError
 
@@ -90,7 +90,8 @@ def parse(argv: Sequence[str], notices: Notices) -> dict[str, Given]:
         if dropped:
             words = ", ".join(" ".join(v) if isinstance(v, list) else str(v) for v in dropped)
             notices.remarks.append(
-                f"{COMMAND_LINE}: --{name} is given several times; the last counts, not {words}"
+                f"{COMMAND_LINE}: --{name} is given several times; the last counts, "
+                f"not {'***' if name in SECRETS else words}"
             )
     return given
 

@@ -16,6 +16,7 @@ from library.config.foreign import ALIASES, DATASET_TABLES, OLD_SWAP_KEYS, WITHO
 from library.config.kinds import is_unset, to_int
 from library.config.names import nearest
 from library.config.notices import Notices
+from library.config.options import shown
 from library.config.toml_file import key_lines, parse_toml, read_text
 from library.config.train_config import OPTIONS
 from library.errors import ConfigError
@@ -43,9 +44,9 @@ def read_config_file(path: Path, notices: Notices) -> dict[str, Given]:
     for key, value in _entries(parse_toml(text, path), key_lines(text), path.name):
         target = given if key in OPTIONS else strangers
         if key in target and target[key].raw != value.raw:
-            earlier = f"{target[key].raw!r} ({target[key].place})"
+            earlier = f"{shown(key, target[key].raw)} ({target[key].place})"
             notices.remarks.append(
-                f"{key} is given twice: {earlier}, then {value.raw!r} ({value.place}), which counts"
+                f"{key} is given twice: {earlier}, then {shown(key, value.raw)} ({value.place}), which counts"
             )
         target[key] = value
     _place_strangers(strangers, given, notices)

@@ -152,7 +152,7 @@ def masks_are_there(config: TrainConfig, datasets: Sequence[DatasetSettings], no
     subsets = [subset for _, subset in _subsets(datasets)]
     if config.dataset.masked_loss and not any(s.conditioning_data_dir or s.alpha_mask for s in subsets):
         notices.remarks.append(
-            "masked_loss has no effect: no subset has conditioning_data_dir (in dataset_config) or alpha_mask"
+            "masked_loss has no effect: there is no conditioning_data_dir with masks and no alpha_mask"
         )
 
 

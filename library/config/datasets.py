@@ -7,7 +7,8 @@ under output_dir.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from library.config.dataset_file import DatasetTable, SubsetTable, read_dataset_
 from library.config.dataset_keys import KEYS
 from library.config.dataset_settings import DatasetSettings, SubsetSettings
 from library.config.notices import Notices
+from library.config.sections.dataset import DatasetConfig
 from library.config.train_config import TrainConfig
 from library.errors import ConfigError, DatasetError
 
@@ -41,9 +43,9 @@ def resolve_datasets(config: TrainConfig, *, notices: Notices | None = None) -> 
         content = read_dataset_file(data.dataset_config, masked_loss=data.masked_loss)
         general, tables = content.general, content.datasets
     elif data.in_json is not None:
-        general, tables = {}, (_metadata_table(data.train_data_dir, data.in_json),)
+        general, tables = {}, (_metadata_table(data),)
     else:
-        general, tables = {}, (_folder_table(data.train_data_dir, data.reg_data_dir, notices),)
+        general, tables = {}, (_folder_table(data, notices),)
     datasets = tuple(_resolve(config, general, table, notices) for table in tables)
     dataset_rules.check(config, datasets, notices)
     return datasets
@@ -135,25 +137,47 @@ def _whole_steps(settings: DatasetSettings, place: str, notices: Notices) -> Dat
         f"as min_bucket_reso = {settings.min_bucket_reso} and "
         f"max_bucket_reso = {settings.max_bucket_reso} are rounded to multiples of bucket_reso_steps = {step}"
     )
-    return dataclasses.replace(settings, min_bucket_reso=low, max_bucket_reso=high)
+    return replace(settings, min_bucket_reso=low, max_bucket_reso=high)
 
 
-def _metadata_table(image_dir: Path | None, metadata_file: Path) -> DatasetTable:
-    values: dict[str, object] = {"metadata_file": metadata_file}
-    if image_dir is not None:
-        values["image_dir"] = image_dir
-    return DatasetTable({}, (SubsetTable(values, "in_json"),), "in_json")
+def _metadata_table(data: DatasetConfig) -> DatasetTable:
+    masks = data.conditioning_data_dir if data.masked_loss else None
+    folders = {"image_dir": data.train_data_dir, "conditioning_data_dir": masks}
+    values: dict[str, object] = {name: folder for name, folder in folders.items() if folder is not None}
+    return DatasetTable({}, (SubsetTable({"metadata_file": data.in_json, **values}, "in_json"),), "in_json")
 
 
-def _folder_table(train: Path | None, reg: Path | None, notices: Notices) -> DatasetTable:
+def _folder_table(data: DatasetConfig, notices: Notices) -> DatasetTable:
+    train, reg = data.train_data_dir, data.reg_data_dir
     if train is None:
         raise ConfigError(
             "no data: give train_data_dir (a folder with sub-folders such as 10_name) or dataset_config"
         )
     subsets = list(_folders(train, "train_data_dir", notices))
+    if data.masked_loss and data.conditioning_data_dir is not None:
+        subsets = _with_mask_folders(subsets, data.conditioning_data_dir)
     if reg is not None:
         subsets += _folders(reg, "reg_data_dir", notices)
     return DatasetTable({}, tuple(subsets), "train_data_dir")
+
+
+def _with_mask_folders(subsets: Sequence[SubsetTable], masks: Path) -> list[SubsetTable]:
+    """Each folder of images with the folder of its name in `masks`; a single one may have `masks` itself."""
+    if not masks.is_dir():
+        raise DatasetError(f"conditioning_data_dir {masks} is not a folder")
+    named = [masks / Path(str(subset.values["image_dir"])).name for subset in subsets]
+    if len(subsets) == 1 and not named[0].is_dir():
+        named = [masks]
+    missing = [folder.name for folder in named if not folder.is_dir()]
+    if missing:
+        raise DatasetError(
+            f"conditioning_data_dir {masks} lacks {', '.join(missing[:5])}: "
+            "put the masks into folders named as those of train_data_dir"
+        )
+    return [
+        replace(subset, values={**subset.values, "conditioning_data_dir": folder})
+        for subset, folder in zip(subsets, named, strict=True)
+    ]
 
 
 def _folders(base: Path, option: str, notices: Notices) -> Iterator[SubsetTable]:

@@ -136,10 +136,15 @@ class Option:
 
     def said(self, raw: object, place: str) -> str:
         """The option and its value in the words of the place it was given in."""
-        if place != COMMAND_LINE:
-            return f"{place}: {self.name} = {raw!r}"
+        if place != COMMAND_LINE or self.name in SECRETS:
+            return f"{place}: {self.name} = {shown(self.name, raw)}"
         words = " ".join(str(word) for word in raw) if isinstance(raw, (list, tuple)) else raw
         return f"{place}: --{self.name}" + ("" if self.type == "bool" else f" {words}")
+
+
+def shown(name: str, raw: object) -> str:
+    """A given value for a message, as it would be written in a file; a secret is not shown."""
+    return "***" if name in SECRETS and raw else repr(raw)
 
 
 def table(sections: Iterable[tuple[str, type]]) -> dict[str, Option]:

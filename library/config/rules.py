@@ -6,13 +6,13 @@ What depends on the resolved datasets is checked in `dataset_rules`; what needs 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from library.config.names import suggestion
 from library.config.notices import Notices
-from library.config.options import COMMAND_LINE
+from library.config.rule_context import Context
 from library.config.sections.schedule import LR_SCHEDULERS
+from library.config.service_rules import AUTO, SERVICE_RULES
 from library.config.train_config import OPTIONS, TrainConfig
 from library.errors import ConfigError
 
@@ -33,26 +33,6 @@ NOT_IN_FP16 = frozenset(
      "adamwschedulefree"}
 )  # fmt: skip
 ADAPTIVE_OPTIMIZERS = ("prodigy", "dadapt")  # they find the rate themselves; learning_rate is a factor near 1
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What a rule looks at."""
-
-    config: TrainConfig
-    sources: Mapping[str, str]
-    notices: Notices
-
-    def given(self, name: str) -> bool:
-        """Whether the option was written somewhere, or follows from one that was."""
-        return name in self.sources
-
-    def said(self, name: str) -> str:
-        """The option, its value and where it comes from, for a message."""
-        place = self.sources.get(name, "default")
-        value = self.config.value(name)
-        shown = str(value) if isinstance(value, Path) else repr(value)
-        return f"--{name} {shown} ({place})" if place == COMMAND_LINE else f"{name} = {shown} ({place})"
 
 
 def check(config: TrainConfig, sources: Mapping[str, str], notices: Notices) -> None:
@@ -87,10 +67,11 @@ def model_files_are_named(context: Context) -> None:
 
 
 def output_has_a_place(context: Context) -> None:
-    """Nothing can be saved without output_dir, nor logged without logging_dir."""
+    """Nothing can be saved without output_dir, nor can TensorBoard write without logging_dir."""
     if context.config.saving.output_dir is None:
         raise ConfigError("output_dir is missing: give the folder for adapter files")
-    if context.config.logging.log_with and context.config.logging.logging_dir is None:
+    log_with = context.config.logging.log_with
+    if log_with in ("tensorboard", "all") and context.config.logging.logging_dir is None:
         raise ConfigError(f"{context.said('log_with')} needs logging_dir: give the folder for the logs")
 
 
@@ -117,13 +98,30 @@ def named_files_exist(context: Context) -> None:
     named: list[tuple[str, Path | None]] = [
         ("network_weights", config.network.network_weights),
         ("dataset_config", config.dataset.dataset_config),
+        ("log_tracker_config", config.logging.log_tracker_config),
         *(("base_weights", path) for path in config.network.base_weights),
     ]
-    if config.saving.resume != Path("auto"):  # "auto" is the newest state of output_dir, if there is one
+    # "auto" is the newest state of output_dir, if there is one.
+    if config.saving.resume != AUTO and not config.saving.resume_from_huggingface:
         named.append(("resume", config.saving.resume))
     for name, path in named:
         if path is not None and not path.exists():
             raise ConfigError(f"{name} ({context.sources[name]}): {path} does not exist")
+
+
+def masks_are_weighed(context: Context) -> None:
+    """conditioning_data_dir holds the masks of train_data_dir or in_json, for masked_loss."""
+    data = context.config.dataset
+    if data.conditioning_data_dir is None:
+        return
+    if data.dataset_config is not None:
+        context.notices.remarks.append(
+            f"dataset_config names the masks of each subset, so ignored: {context.said('conditioning_data_dir')}"
+        )
+    elif not data.masked_loss:
+        context.notices.remarks.append(
+            f"without masked_loss no effect: {context.said('conditioning_data_dir')}"
+        )
 
 
 def constant_schedule_has_no_warmup(context: Context) -> None:
@@ -338,6 +336,8 @@ RULES = (
     output_has_a_place,
     data_has_one_source,
     named_files_exist,
+    *SERVICE_RULES,
+    masks_are_weighed,
     constant_schedule_has_no_warmup,
     schedule_is_known,
     huber_has_a_schedule,

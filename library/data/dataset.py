@@ -141,20 +141,32 @@ def _read_pixels(data: TrainingData, sample: Sample) -> _Pixels:
     record, placement = data.records[sample.record], data.placements[sample.record]
     subset = data.subset(record)
     visit = Visit(record.key, sample.visit)
-    flipped = subset.flip_aug and images.flips(data.seed, visit)
+    mirrored = flipped(data, sample)
     if data.latents is None:
         image, mask = _decode(data, record, placement, visit)
         latents = None
     else:
-        cached = data.latents.read(record, bucket=placement.bucket, flipped=flipped, mask=subset.alpha_mask)
+        cached = data.latents.read(record, bucket=placement.bucket, flipped=mirrored, mask=subset.alpha_mask)
         image, latents = None, cached.latents
         mask = cached.mask[None] if cached.mask is not None else None
         if record.mask_path is not None:
             mask = _mask_picture(data, record, images.frame(placement))
-    if flipped:
+    if mirrored:
         image = image.flip(-1) if image is not None else None
         mask = mask.flip(-1) if mask is not None else None
     return _Pixels(image, latents, mask)
+
+
+def flipped(data: TrainingData, sample: Sample) -> bool:
+    """Whether this visit of an image is mirrored."""
+    record = data.records[sample.record]
+    return data.subset(record).flip_aug and images.flips(data.seed, Visit(record.key, sample.visit))
+
+
+def framing_of(data: TrainingData, sample: Sample) -> Framing:
+    """What of the image this visit shows."""
+    record = data.records[sample.record]
+    return _framing(data, record, data.placements[sample.record], Visit(record.key, sample.visit))
 
 
 def _decode(

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 STATE_SUFFIX = "-state"
 MANIFEST = "manifest.json"
+# Files of an accelerate state, as sd-scripts writes it; the last is a folder, under DeepSpeed.
+FOREIGN_STATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model")
 MODEL, OPTIMIZER, TRAIN_STATE = "model.safetensors", "optimizer.safetensors", "train_state.json"
 
 
@@ -89,17 +91,29 @@ def what_is_wrong(folder: Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder; give a folder ending in -state, or `auto`"
     if not (folder / MANIFEST).is_file():
-        if (folder / "random_states_0.pkl").is_file():
-            return (
-                "this state was written by sd-scripts, whose optimizer state cannot be taken over; "
-                "continue its LoRA with --network_weights instead"
-            )
+        if any((folder / name).exists() for name in FOREIGN_STATE):
+            return _how_to_go_on_from_kohya(folder)
         return f"it has no {MANIFEST}, so it is not a whole state"
     manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     for name, expected in manifest.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != expected:
             return f"its file {name} is damaged; take an older state"
     return None
+
+
+def _how_to_go_on_from_kohya(folder: Path) -> str:
+    """Its LoRA and its step can be taken over by options of their own."""
+    adapter = folder.with_name(f"{folder.name.removesuffix(STATE_SUFFIX)}.safetensors")
+    weights = adapter if adapter.is_file() else folder / MODEL
+    try:
+        values = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
+        step = f" and initial_step = {int(values['current_step'])}"
+    except (OSError, ValueError, KeyError, TypeError):
+        step = ""
+    return (
+        "this is a state of sd-scripts, whose optimizer cannot be taken over; instead of resume set "
+        f'network_weights = "{weights}"{step}'
+    )
 
 
 def newest_run(output_dir: Path, output_name: str | None) -> Path | None:

@@ -14,10 +14,11 @@ from library.data.dataset import load_batches
 from library.data.records import TextCond, TokenIds
 from library.flow.objective import Objective
 from library.train.build import Job, Trained
-from library.train.metrics import TensorBoardListener, log_folder
+from library.train.metrics import MetricsListener, public_options, secret_values
 from library.train.preview import PreviewListener
 from library.train.progress import ProgressListener
 from library.train.saving import Saver, SavingListener
+from library.train.trackers import start_trackers, wanted
 from library.train.trainer import Listener
 from library.train.validate import ValidationListener, Validator, fixed_timesteps
 
@@ -26,10 +27,10 @@ from library.train.validate import ValidationListener, Validator, fixed_timestep
 def build_listeners(
     job: Job, trained: Trained, saver: Saver, *, adapter: ModelAdapter, objective: Objective
 ) -> Iterator[Sequence[Listener]]:
-    """The listeners that the options ask for; the progress bar is taken down on leaving, error or not."""
+    """The listeners that the options ask for; bar and trackers are closed on leaving, error or not."""
     config, plan = job.config, job.data.plan
     listeners: list[Listener] = []
-    progress = None
+    progress = metrics = None
     if job.backend.world.is_main:
         progress = ProgressListener(
             console=job.console, total_steps=plan.total_steps, num_epochs=plan.num_epochs
@@ -38,18 +39,30 @@ def build_listeners(
     if job.data.validation is not None:
         validator = _validator(job, trained, adapter, objective)
         listeners.append(ValidationListener(validator, config.validation, trained.optimizer))
-    logging_dir = config.logging.logging_dir
-    if logging_dir is not None and job.backend.world.is_main:
-        folder = log_folder(logging_dir, config.logging.log_prefix, config.logging.log_tracker_name)
-        listeners.append(TensorBoardListener(folder, config if config.logging.log_config else None))
+    if job.backend.world.is_main and wanted(config.logging):
+        metrics = _metrics(job, trained)
+        listeners.append(metrics)
     listeners.append(SavingListener(saver, config.saving, num_epochs=plan.num_epochs))
     if job.prompts:
-        listeners.append(_previews(job, trained))
+        listeners.append(_previews(job, trained, metrics))
+    failed = True
     try:
         yield listeners
+        failed = False
     finally:
         if progress is not None:
             progress.close()
+        if metrics is not None:
+            metrics.close(failed=failed)
+
+
+def _metrics(job: Job, trained: Trained) -> MetricsListener:
+    config = job.config
+    trackers = start_trackers(config.logging, secrets=secret_values(config))
+    if config.logging.log_config:
+        for tracker in trackers:
+            tracker.options(public_options(config))
+    return MetricsListener(trackers, norms=trained.network.norms)
 
 
 def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Objective) -> Validator:
@@ -68,7 +81,7 @@ def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Obj
     )
 
 
-def _previews(job: Job, trained: Trained) -> PreviewListener:
+def _previews(job: Job, trained: Trained, metrics: MetricsListener | None) -> PreviewListener:
     output_dir = job.config.saving.output_dir
     assert output_dir is not None, "checked by the config rules"
     previewer = FluxPreviewer(
@@ -81,12 +94,12 @@ def _previews(job: Job, trained: Trained) -> PreviewListener:
     )
     return PreviewListener(
         draw=previewer,
-        prompts=job.prompts,
+        prompts=job.prompts[job.backend.world.rank :: job.backend.world.size],
         config=job.config.sampling,
         folder=output_dir / "sample",
         output_name=job.config.saving.output_name,
-        world=job.backend.world,
         optimizer=trained.optimizer,
+        on_image=metrics.on_image if metrics is not None else None,
     )
 
 

@@ -1,47 +1,49 @@
-"""TensorBoard under Kohya's tags and folder layout.
+"""What is measured of a run, under Kohya's tags, told to its trackers.
 
 Source: spec of sd-scripts, "Logging". x is the optimizer step, for `*epoch*` tags the epoch.
 """
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
-from torch.utils.tensorboard import SummaryWriter
+from PIL.Image import Image
 
+from library.config.options import SECRETS
 from library.config.train_config import TrainConfig
 from library.train.state import TrainState
+from library.train.trackers import Moment, Tracker
 from library.train.trainer import StepReport
 
 # Kohya keeps secrets and local paths out of what trackers store.
-PRIVATE = frozenset(
-    {
-        "wandb_api_key", "huggingface_token", "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir",
-        "train_data_dir", "conditioning_data_dir", "reg_data_dir", "output_dir", "logging_dir",
-    }
-)  # fmt: skip
+PRIVATE = SECRETS | {
+    "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "conditioning_data_dir",
+    "reg_data_dir", "output_dir", "logging_dir",
+}  # fmt: skip
 
 
-def log_folder(logging_dir: Path, log_prefix: str | None, tracker_name: str | None) -> Path:
-    """`<logging_dir>/<log_prefix><YYYYmmddHHMMSS>/<tracker name>`, as Kohya lays it out."""
-    return (
-        logging_dir / f"{log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}" / (tracker_name or "network_train")
-    )
+def public_options(config: TrainConfig) -> Mapping[str, object]:
+    """The options that log_config hands to trackers."""
+    return {name: value for name, value in config.flat().items() if name not in PRIVATE}
 
 
-class TensorBoardListener:
-    """Writes scalars for every step, epoch and validation."""
+def secret_values(config: TrainConfig) -> tuple[str, ...]:
+    """The words of `config` that nothing may keep."""
+    return tuple(str(value) for name in sorted(SECRETS) if (value := config.value(name)))
 
-    def __init__(self, folder: Path, config: TrainConfig | None) -> None:
-        self._writer = SummaryWriter(str(folder))
+
+class MetricsListener:
+    """Reports scalars of every step, epoch and validation, and sample images.
+
+    `norms`: what the network says of its weights, by tag.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker], *, norms: Callable[[], Mapping[str, float]]) -> None:
+        self._trackers, self._norms = trackers, norms
         self._validated = 0
-        if config is not None:  # log_config
-            rows = (f"| {name} | {value} |" for name, value in config.flat().items() if name not in PRIVATE)
-            self._writer.add_text("config", "\n".join(("| option | value |", "|---|---|", *rows)))
 
     def on_start(self, state: TrainState) -> TrainState:
-        self._write_validation(state)
+        self._report_validation(state)
         return state
 
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
@@ -52,23 +54,54 @@ class TensorBoardListener:
             "speed/seconds_per_step": report.seconds,
             "speed/images_per_second": report.samples / report.seconds,
             **{f"lr/{name}": rate for name, rate in report.learning_rates.items()},
+            **self._norms(),
         }
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, state.step)
-        self._write_validation(state)
+        if report.max_norm is not None:
+            scalars["max_norm/keys_scaled"] = report.max_norm.scaled
+            scalars["max_norm/max_key_norm"] = report.max_norm.maximum
+            scalars["norm/avg_key_norm"] = report.max_norm.mean
+        self._report(scalars, x=state.step, state=state)
+        self._report_validation(state)
         return state
 
     def on_epoch(self, state: TrainState, epoch: int) -> TrainState:
-        self._writer.add_scalar("loss/epoch_average", state.average_loss, epoch)
-        self._write_validation(state)
+        self._report({"loss/epoch_average": state.average_loss}, x=epoch, state=state)
+        self._report_validation(state)
+        if state.validation_losses and state.validation_losses[-1][0] == state.step:
+            scalars = _validation("epoch", state.validation_losses[-1][1], state)
+            self._report(scalars, x=epoch, state=state)
         return state
 
     def on_end(self, state: TrainState) -> TrainState:
-        self._writer.close()
         return state
 
-    def _write_validation(self, state: TrainState) -> None:
+    def on_image(self, number: int, image: Image, state: TrainState) -> None:
+        """Report one sample image of the prompt of that number."""
+        for tracker in self._trackers:
+            tracker.image(f"sample_{number}", image, _moment(state.step, state))
+
+    def close(self, *, failed: bool) -> None:
+        """End what trackers hold open; after the last sample was drawn, and when an error ends the run."""
+        for tracker in self._trackers:
+            tracker.close(failed=failed)
+
+    def _report_validation(self, state: TrainState) -> None:
         for step, loss in state.validation_losses[self._validated :]:
-            self._writer.add_scalar("loss/validation/step_average", loss, step)
-            self._writer.add_scalar("loss/validation/step_divergence", loss - state.average_loss, step)
+            self._report(_validation("step", loss, state), x=step, state=state)
         self._validated = len(state.validation_losses)
+
+    def _report(self, scalars: Mapping[str, float], *, x: int, state: TrainState) -> None:
+        for tracker in self._trackers:
+            tracker.scalars(scalars, _moment(x, state))
+
+
+def _validation(kind: str, loss: float, state: TrainState) -> dict[str, float]:
+    scalars = {f"loss/validation/{kind}_average": loss}
+    if state.losses:  # before the first step there is nothing to diverge from
+        scalars[f"loss/validation/{kind}_divergence"] = loss - state.average_loss
+    return scalars
+
+
+def _moment(x: int, state: TrainState) -> Moment:
+    epoch = max(1, -(-state.step // state.steps_per_epoch))
+    return Moment(x=x, step=state.step, epoch=epoch)

@@ -15,7 +15,6 @@ from PIL.Image import Image
 from library.adapters.sampling import sample_file_name
 from library.config.prompts import SamplePrompt
 from library.config.sections.sampling import SamplingConfig
-from library.distributed.base import World
 from library.files.atomic import replacing
 from library.optim.factory import BuiltOptimizer
 from library.train.state import TrainState
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreviewListener:
-    """Draws every prompt when the options say so, into `<output_dir>/sample`."""
+    """Draws this rank's prompts when the options say so, into `<output_dir>/sample`."""
 
     def __init__(
         self,
@@ -35,42 +34,43 @@ class PreviewListener:
         config: SamplingConfig,
         folder: Path,
         output_name: str | None,
-        world: World,
         optimizer: BuiltOptimizer,
+        on_image: Callable[[int, Image, TrainState], None] | None = None,
     ) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._on_image = optimizer, on_image
         self._draw, self._folder, self._output_name = draw, folder, output_name
-        self._prompts = list(prompts)[world.rank :: world.size]
-        self._config = config
+        self._prompts, self._config = prompts, config
 
     def on_start(self, state: TrainState) -> TrainState:
         if self._config.sample_at_first and state.step == 0:
-            self._draw_all(epoch=None, step=0)
+            self._draw_all(state, epoch=None)
         return state
 
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         del report
         every = self._config.sample_every_n_steps
         if every and not self._config.sample_every_n_epochs and state.step % every == 0:
-            self._draw_all(epoch=None, step=state.step)
+            self._draw_all(state, epoch=None)
         return state
 
     def on_epoch(self, state: TrainState, epoch: int) -> TrainState:
         every = self._config.sample_every_n_epochs
         if every and epoch % every == 0:
-            self._draw_all(epoch=epoch, step=state.step)
+            self._draw_all(state, epoch=epoch)
         return state
 
     def on_end(self, state: TrainState) -> TrainState:
         return state
 
-    def _draw_all(self, *, epoch: int | None, step: int) -> None:
+    def _draw_all(self, state: TrainState, *, epoch: int | None) -> None:
         for prompt in self._prompts:
             with self._optimizer.evaluating():
                 image = self._draw(prompt)
             name = sample_file_name(
-                prompt, output_name=self._output_name, epoch=epoch, step=step, when=datetime.now()
+                prompt, output_name=self._output_name, epoch=epoch, step=state.step, when=datetime.now()
             )
             with replacing(self._folder / name) as temporary:
                 image.save(temporary)
             logger.info("sample %s: %s", self._folder / name, prompt.prompt)
+            if self._on_image is not None:
+                self._on_image(prompt.index, image, state)

@@ -14,6 +14,7 @@ from library.config.train_config import TrainConfig
 from library.data.plan import Plan
 from library.distributed.base import Backend
 from library.errors import CheckpointError, NothingToDo
+from library.files.hub import fetch_folder
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.optim.state import ExportedState, export_state, import_state
@@ -34,6 +35,8 @@ def resumed_run(config: TrainConfig) -> SavedRun | None:
         folder = newest_run(config.saving.output_dir, config.saving.output_name)
         if folder is None:
             logger.info("--resume auto: %s has no state yet, starting afresh", config.saving.output_dir)
+    elif folder is not None and config.saving.resume_from_huggingface:
+        folder = fetch_folder(folder.as_posix(), token=config.saving.huggingface_token)
     if folder is None:
         return None
     saved = load_run(folder)

@@ -17,6 +17,7 @@ from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
 from library.train.naming import SavePoint, epoch_save, last_stem, step_save, step_stem
 from library.train.state import TrainState
 from library.train.trainer import StepReport
+from library.train.upload import Uploader
 from networks.interface import NetworkHandle
 from networks.readback import read_back
 
@@ -39,15 +40,16 @@ class Saver:
         capture: Callable[[TrainState], SavedRun],
         world: World,
         optimizer: BuiltOptimizer,
+        uploader: Uploader | None = None,
     ) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._uploader = optimizer, uploader
         assert config.output_dir is not None, "checked by the config rules"
         self._config, self._folder, self._network = config, config.output_dir, network
         self._metadata, self._capture, self._world = metadata, capture, world
         self.written: list[Path] = []
         self._checked = False  # whether it was said that a file was read back and is whole
 
-    def model(self, stem: str, state: TrainState, *, epoch: int) -> Path:
+    def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
         """Write the network as `<stem>.<save_model_as>`; `epoch` is what ss_epoch says."""
         path = self._folder / f"{stem}.{self._config.save_model_as or 'safetensors'}"
         if self._world.is_main:
@@ -59,6 +61,8 @@ class Saver:
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
             self._check(path)
             self.written.append(path)
+            if self._uploader is not None:
+                self._uploader.put(path, now=final)
         return path
 
     def _check(self, path: Path) -> None:
@@ -82,6 +86,8 @@ class Saver:
                 save_run(folder, self._capture(state))
             logger.info("saved the state in %s", folder)
             self.written.append(folder)
+            if self._uploader is not None and self._config.save_state_to_huggingface:
+                self._uploader.put(folder)
         return folder
 
     def interrupted(self, state: TrainState) -> Path:
@@ -100,21 +106,32 @@ class Saver:
         """Write the finished network, and the last state if asked."""
         if self._config.save_state or self._config.save_state_on_train_end:
             self.state(last_stem(self._config.output_name), state)
-        return self.model(last_stem(self._config.output_name), state, epoch=epoch)
+        return self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
+
+    def finish(self) -> None:
+        """Wait, not for ever, until everything is uploaded."""
+        if self._uploader is not None:
+            self._uploader.finish()
 
     def _retire(self, point: SavePoint) -> None:
         if point.retires_model:
             old = self._folder / f"{point.retires_model}.{self._config.save_model_as or 'safetensors'}"
             if old.exists():
+                self._release(old)
                 old.unlink()
                 logger.info("removed %s", old)
                 self.written = [path for path in self.written if path != old]
         if point.retires_state and self._config.save_state:
             old = self._folder / f"{point.retires_state}{STATE_SUFFIX}"
             if old.exists():
+                self._release(old)
                 shutil.rmtree(old)
                 logger.info("removed %s", old)
                 self.written = [path for path in self.written if path != old]
+
+    def _release(self, path: Path) -> None:
+        if self._uploader is not None:
+            self._uploader.wait_for(path)
 
 
 class SavingListener:

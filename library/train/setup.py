@@ -30,6 +30,7 @@ from library.log import setup_logging
 from library.models.tokenizers import FluxTokenizers
 from library.train.build import Job, Trained, build_adapter, build_trained, check_parts, wanted_prompts
 from library.train.caching import CachingPhase, prompt_texts
+from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_plan, show_result, show_start
 from library.train.facts import MetadataWriter
 from library.train.listeners import build_listeners
@@ -38,8 +39,10 @@ from library.train.prepare import Data, check_swap, locate_models, read_data, st
 from library.train.resume import capture, choose_seed, first_state, restore, resumed_run
 from library.train.saving import Saver
 from library.train.signals import StopRequest
+from library.train.trackers import check as check_trackers
 from library.train.trainer import Limits, Listener, Trainer
 from library.train.trigger import doubts, fill_prompts, trigger_words
+from library.train.upload import Uploader, check_hub, hub_folder, open_repository
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,9 @@ def run(loaded: LoadedConfig) -> None:
     if config.run.dry_run:
         dry_run(loaded)
         return
+    if config.dataset.debug_dataset:
+        debug_dataset(config)
+        return
     with connected(config) as backend:
         train(prepare(config, backend, console))
 
@@ -72,6 +78,8 @@ def dry_run(loaded: LoadedConfig) -> None:
     files = locate_models(config.model)
     check_swap(config.memory, files)
     say(check_parts(config))
+    check_trackers(config.logging)
+    check_hub(config.saving)
     prompts = wanted_prompts(config)
     data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
     say(data.notices)
@@ -81,6 +89,15 @@ def dry_run(loaded: LoadedConfig) -> None:
         show_plan(loaded, files, data, Console())
 
 
+def debug_dataset(config: TrainConfig) -> None:
+    """Show what the first epoch trains on; no model is loaded."""
+    data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
+    say(data.notices)
+    if launched_rank() == 0:
+        assert config.saving.output_dir is not None, "checked by the config rules"
+        show_dataset(data, config.caching, config.saving.output_dir / FOLDER, Console())
+
+
 def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
     """Check everything, find where the run begins, cache what is to be cached."""
     saved = resumed_run(config)
@@ -88,10 +105,14 @@ def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
     files = locate_models(config.model)
     check_swap(config.memory, files)
     check_parts(config)
+    check_trackers(config.logging)
+    check_hub(config.saving)
     prompts = wanted_prompts(config)
     data = read_data(config, seed=seed, world_size=backend.world.size)
     say(data.notices)
     state = first_state(config, data.plan, saved, seed=seed, backend=backend)
+    if backend.world.is_main:
+        open_repository(config.saving)
     loader = ModelLoader(config, files)
     prompts = with_trigger(prompts, data, loader.any_tokenizers)
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
@@ -124,6 +145,7 @@ def train(job: Job) -> Trained:
     parts = trained.resumable(backend)
     if job.saved is not None:
         restore(job.saved, parts)
+    folder = hub_folder(config.saving) if backend.world.is_main else None
     saver = Saver(
         config=config.saving,
         network=trained.network,
@@ -131,6 +153,7 @@ def train(job: Job) -> Trained:
         capture=lambda now: capture(now, parts),
         world=backend.world,
         optimizer=trained.optimizer,
+        uploader=Uploader(folder, background=config.saving.async_upload) if folder is not None else None,
     )
     stop = StopRequest()
     show_start(job)
@@ -142,12 +165,14 @@ def train(job: Job) -> Trained:
         stop.install()
         finished = trainer.run(batches(job))
     if not finished:
-        folder = saver.interrupted(trainer.state)
+        left = saver.interrupted(trainer.state)
+        saver.finish()
         backend.wait("the state is saved")  # the launcher ends all ranks as soon as one has left
         raise Interrupted(
-            f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {folder}, "
+            f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {left}, "
             "go on with --resume auto"
         )
+    saver.finish()
     show_result(saver.written)
     return trained
 

@@ -24,7 +24,7 @@ from library.flow.objective import Draw, Objective
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.train.state import TrainState
-from networks.interface import NetworkHandle
+from networks.interface import NetworkHandle, NormReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class StepReport:
     samples: int
     seconds: float
     skipped: bool  # fp16 overflow: the parameters were left as they were
+    max_norm: NormReport | None = None  # what scale_weight_norms did
 
 
 class Listener(Protocol):
@@ -112,11 +113,12 @@ class Trainer:
         if stepped:
             self.schedule.step(loss)
         self.optimizer.optimizer.zero_grad(set_to_none=True)
-        if self.limits.scale_weight_norms:
-            self.network.apply_max_norm(self.limits.scale_weight_norms)
+        most = self.limits.scale_weight_norms
+        max_norm = self.network.apply_max_norm(most) if most else None
         self.state = self.state.after_step(loss=loss, samples=int(samples))
         seconds = time.perf_counter() - start
-        return StepReport(loss, float(grad_norm), rates, int(samples), seconds, not stepped), stop > 0
+        report = StepReport(loss, float(grad_norm), rates, int(samples), seconds, not stepped, max_norm)
+        return report, stop > 0
 
     def micro_step(self, batch: Batch) -> Tensor:
         """Forward and backward of one micro-batch. Returns its part of the step's loss, detached, []."""

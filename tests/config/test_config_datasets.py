@@ -208,6 +208,32 @@ def test_masks_come_with_masked_loss(resolve, images):
     assert notices.remarks[0].startswith("masked_loss has no effect")
 
 
+def test_masks_of_folders_lie_in_folders_of_the_same_names(tmp_path):
+    for name in ("data/2_cat", "data/3_dog", "reg/1_animal", "masks/2_cat", "masks/3_dog", "one/5_cat"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "meta.json").write_text("{}")
+    masks, options = tmp_path / "masks", {"resolution": (512, 512), "masked_loss": True}
+
+    def found(**changes):
+        values = {"conditioning_data_dir": masks, **options, **changes}
+        (settings,) = resolve_datasets(TrainConfig.from_values(values))
+        return [subset.conditioning_data_dir for subset in settings.subsets]
+
+    both = {"train_data_dir": tmp_path / "data", "reg_data_dir": tmp_path / "reg"}
+    assert found(**both) == [masks / "2_cat", masks / "3_dog", None]
+    assert found(**both, masked_loss=False) == [None, None, None]
+    # A single folder may have its masks in conditioning_data_dir itself, as a metadata file has.
+    assert found(train_data_dir=tmp_path / "one") == [masks]
+    assert found(train_data_dir=tmp_path / "one", in_json=tmp_path / "meta.json") == [masks]
+    (masks / "5_cat").mkdir()
+    assert found(train_data_dir=tmp_path / "one") == [masks / "5_cat"]
+    (masks / "3_dog").rmdir()
+    with pytest.raises(DatasetError, match="lacks 3_dog: put the masks into folders named as those"):
+        found(**both)
+    with pytest.raises(DatasetError, match="nowhere is not a folder"):
+        found(**both, conditioning_data_dir=tmp_path / "nowhere")
+
+
 def test_a_missing_folder_and_a_wrong_ending(resolve, tmp_path):
     with pytest.raises(DatasetError, match="image_dir nowhere is not a folder"):
         resolve("[[datasets]]\nresolution=512\n[[datasets.subsets]]\nimage_dir='nowhere'\n")

@@ -253,11 +253,8 @@ def test_offloaded_activations_are_recomputed_ones(write):
     [
         (["--deepspeed"], "--deepspeed is not available in this version: remove it, the run uses DDP"),
         (["--model_type", "chroma"], "Chroma models are not supported"),
-        (["--log_with", "wandb"], "only tensorboard is available in this version"),
         (["--weighted_captions"], "no word weights"),
-        (["--huggingface_repo_id", "me/mine"], "nothing is uploaded"),
-        (["--debug_dataset"], "use --dry_run"),
-        (["--dataset_class", "my.Data"], "use dataset_config"),
+        (["--dataset_class", "my.Data"], "in a metadata_file of dataset_config"),
     ],
 )
 def test_refused_options_say_what_to_do(words, message):

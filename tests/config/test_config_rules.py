@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from library.config.load import load_config
+from library.config.show import resolved_table
+from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
 COMPLETE = {
@@ -50,6 +52,12 @@ def test_a_complete_config_has_nothing_to_say():
         ),
         ({"output_dir": None}, "output_dir is missing"),
         ({"log_with": "tensorboard"}, "needs logging_dir"),
+        ({"log_with": "all"}, "needs logging_dir"),
+        ({"log_with": "wandb", "log_tracker_config": "none.toml"}, "none.toml does not exist"),
+        ({"resume_from_huggingface": ""}, "needs resume: name the uploaded state, user/repository/folder"),
+        ({"resume_from_huggingface": "", "resume": "auto"}, "needs resume"),
+        ({"huggingface_repo_visibility": "open"}, "is not one of public, private"),
+        ({"huggingface_repo_type": "film"}, "is not one of model, dataset, space"),
         ({"train_data_dir": None}, "no data: give train_data_dir"),
         ({"dataset_config": "none.toml"}, "dataset_config (command line): none.toml does not exist"),
         ({"resume": "no/state"}, "resume (command line): no/state does not exist"),
@@ -101,6 +109,10 @@ def test_broken_rules_are_refused_in_one_sentence(changes, message):
         {"sample_every_n_steps": "5", "sample_prompts": "a"},
         {"resume": "auto"},
         {"initial_step": "1599"},
+        {"resume": "me/lora/out-state:main", "resume_from_huggingface": ""},
+        {"log_with": "wandb", "wandb_run_name": "one"},
+        {"huggingface_repo_id": "me/lora", "huggingface_repo_visibility": "public", "async_upload": ""},
+        {"conditioning_data_dir": "masks", "masked_loss": ""},
     ],
 )
 def test_the_allowed_neighbours_of_refused_configs(changes):
@@ -121,6 +133,14 @@ def test_the_allowed_neighbours_of_refused_configs(changes):
         (
             {"in_json": "meta.json", "reg_data_dir": "reg"},
             "in_json names the data, so ignored: --reg_data_dir reg",
+        ),
+        ({"wandb_run_name": "one"}, 'without log_with = "wandb" no effect: wandb_run_name'),
+        ({"log_prefix": "a"}, "without log_with or logging_dir no effect: log_prefix"),
+        ({"async_upload": ""}, "without huggingface_repo_id nothing is uploaded, so ignored: async_upload"),
+        ({"conditioning_data_dir": "masks"}, "without masked_loss no effect: --conditioning_data_dir masks"),
+        (
+            {"huggingface_repo_id": "me/x", "huggingface_token": "hf_x"},
+            "the environment variable HF_TOKEN cannot",
         ),
         ({"mixed_precision": "fp16"}, "bf16 is recommended"),
         ({"sample_prompts": "a"}, "no sample is drawn"),
@@ -147,3 +167,19 @@ def test_a_dataset_file_wins_over_folders(tmp_path):
         "dataset_config names the data, so ignored: --train_data_dir data (command line)",
     )
     assert loaded.config.dataset.dataset_config == Path(path)
+
+
+def test_secrets_are_never_shown(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(
+        "[a]\nhuggingface_token = 'hf_FIRST'\n[b]\nhuggingface_token = 'hf_SECOND'\n", encoding="utf-8"
+    )
+    keys = ["--wandb_api_key", "KEY_ONE", "--wandb_api_key", "KEY_TWO", "--config_file", str(path)]
+    loaded = load_config([*words(), *keys])
+    said = " ".join([*loaded.notices, *(row.value for row in resolved_table(loaded))])
+    assert "huggingface_token is given twice" in said
+    assert "--wandb_api_key is given several times" in said
+    with pytest.raises(ConfigError) as caught:
+        OPTIONS["huggingface_token"].read(["hf_FIRST"], "c.toml line 2")
+    said += str(caught.value)
+    assert not [secret for secret in ("hf_FIRST", "hf_SECOND", "KEY_ONE", "KEY_TWO") if secret in said]

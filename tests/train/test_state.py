@@ -86,10 +86,26 @@ def test_newest_run_skips_damaged_states(tmp_path, caplog):
 def test_resume_says_what_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         load_run(tmp_path / "nothing-state")
-    (tmp_path / "k-state").mkdir()
-    (tmp_path / "k-state" / "random_states_0.pkl").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="written by sd-scripts"):
-        load_run(tmp_path / "k-state")
+    (tmp_path / "empty-state").mkdir()
+    with pytest.raises(CheckpointError, match=r"no manifest\.json, so it is not a whole state"):
+        load_run(tmp_path / "empty-state")
+
+
+def test_a_state_of_sd_scripts_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "out-000002-state"
+    folder.mkdir()
+    (folder / "optimizer.bin").write_bytes(b"")
+    instead = f'instead of resume set network_weights = "{folder / "model.safetensors"}"'
+    with pytest.raises(CheckpointError) as caught:
+        load_run(folder)
+    assert str(caught.value).endswith(instead)
+    (folder / "train_state.json").write_text('{"current_epoch": 2, "current_step": 120}')
+    with pytest.raises(CheckpointError) as caught:
+        load_run(folder)
+    assert str(caught.value).endswith(f"{instead} and initial_step = 120")
+    (tmp_path / "out-000002.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r'out-000002\.safetensors" and initial_step = 120$'):
+        load_run(folder)
 
 
 def test_epoch_names_and_removal():

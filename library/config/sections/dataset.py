@@ -27,7 +27,10 @@ class DatasetConfig:
     dataset_class: str | None = option(
         None,
         "a dataset class of one's own",
-        effect=refused("own dataset classes cannot be plugged in; use dataset_config"),
+        effect=refused(
+            "such classes derive from sd-scripts' own and hand out finished batches, which can be neither planned, "
+            "cached nor resumed here; list the images and captions in a metadata_file of dataset_config"
+        ),
     )
     resolution: tuple[int, int] | None = option(
         None, 'size of the training images, "width,height" or one number'
@@ -82,12 +85,10 @@ class DatasetConfig:
     random_crop: bool = option(False, "crop at random instead of at the centre")
     alpha_mask: bool = option(False, "weight the loss by the images' alpha channel")
     masked_loss: bool = option(
-        False, "weight the loss by mask images (conditioning_data_dir in dataset_config)"
+        False, "weight the loss by mask images (conditioning_data_dir) or alpha channels (alpha_mask)"
     )
     conditioning_data_dir: Path | None = option(
-        None,
-        "mask images",
-        effect=no_effect("masks are named per subset, as conditioning_data_dir in a dataset_config file"),
+        None, "mask images for masked_loss, of the images' names, in folders named as those of train_data_dir"
     )
     prior_loss_weight: float = option(1.0, "weight of regularisation images in the loss", limit=Limit(ge=0))
     cache_info: bool = option(False, "keep sizes and captions in metadata_cache.json in the image folder")
@@ -103,6 +104,5 @@ class DatasetConfig:
     )
     debug_dataset: bool = option(
         False,
-        "show the data and stop",
-        effect=refused("there is no viewer; use --dry_run, which prints the plan"),
+        "print each sample of the first epoch, draw contact sheets into <output_dir>/debug_dataset, stop",
     )

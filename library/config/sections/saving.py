@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.config.options import Limit, no_effect, option, refused
+from library.config.options import Limit, no_effect, option
 
 EPOCHS = Limit(ge=1, unit="epochs")
 STEPS = Limit(ge=1, unit="steps")
-NO_UPLOAD = refused(
-    "nothing is uploaded to or read from Hugging Face in this version; remove it and copy the files yourself"
-)
-NOT_UPLOADED = no_effect("nothing is uploaded to Hugging Face in this version")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +52,21 @@ class SavingConfig:
         "count the steps before initial_step as done",
         effect=no_effect("a run always begins with the data of its first step", quiet=True),
     )
-    huggingface_repo_id: str | None = option(None, "repository to upload to", effect=NO_UPLOAD)
-    save_state_to_huggingface: bool = option(False, "upload states too", effect=NO_UPLOAD)
-    resume_from_huggingface: bool = option(False, "resume from an uploaded state", effect=NO_UPLOAD)
-    huggingface_repo_type: str | None = option(None, "type of that repository", effect=NOT_UPLOADED)
-    huggingface_path_in_repo: str | None = option(None, "folder in that repository", effect=NOT_UPLOADED)
-    huggingface_token: str | None = option(None, "token for uploading", effect=NOT_UPLOADED)
-    huggingface_repo_visibility: str | None = option(None, "public or private", effect=NOT_UPLOADED)
-    async_upload: bool = option(False, "upload in the background", effect=NOT_UPLOADED)
+    huggingface_repo_id: str | None = option(
+        None, "Hugging Face repository, user/name, that each adapter file is uploaded to"
+    )
+    huggingface_repo_type: str | None = option(
+        None, "type of that repository: model, dataset or space; unset is model"
+    )
+    huggingface_path_in_repo: str | None = option(None, "folder in that repository; unset is its root")
+    huggingface_token: str | None = option(
+        None, "token for Hugging Face; `hf auth login` or HF_TOKEN is safer"
+    )
+    huggingface_repo_visibility: str | None = option(
+        None, "public or private, for a repository that is made; unset is private"
+    )
+    save_state_to_huggingface: bool = option(False, "upload states too")
+    resume_from_huggingface: bool = option(
+        False, "resume names an uploaded state: user/repository/folder[:revision[:type]]"
+    )
+    async_upload: bool = option(False, "upload in the background, but for the final file")
