@@ -75,6 +75,20 @@ def test_json_takes_texts_and_objects(tmp_path):
     assert [notice.split(": ", 1)[1] for notice in loaded.notices] == ["sample_sampler has no effect on FLUX"]
 
 
+def test_keys_of_other_programs_are_named_with_what_they_may_mean(tmp_path):
+    file = tmp_path / "prompts.json"
+    entry = {"prompt": "a", "cfg": 3, "steps": 4, "widht": 64, "lora": "x", "scale": 2}
+    file.write_text(json.dumps([entry]))
+    notices = [notice.split(": ", 1)[1] for notice in load_prompts(file).notices]
+    assert notices[0].endswith(
+        "did you mean scale (classifier-free guidance) or guidance_scale (FLUX dev's distilled guidance)?"
+    )
+    assert notices[1].endswith("did you mean sample_steps?")
+    assert notices[2].endswith("did you mean 'width'?")
+    assert notices[3].startswith("lora is not a known key and is ignored; keys are prompt, negative_prompt")
+    assert notices[4].startswith("--l 2 (scale) is true classifier-free guidance")
+
+
 def test_a_list_of_lines_and_a_literal_text_of_several():
     assert [one.prompt for one in load_prompts(("a --d 1", "# no", "b")).prompts] == ["a", "b"]
     assert [one.prompt for one in load_prompts("a\nb").prompts] == ["a", "b"]
@@ -96,7 +110,7 @@ def test_sides_are_multiples_of_sixteen_of_at_least_sixty_four(given, used):
         ("a --w x", r'"--w x" is ignored: "x" is not a value of --w'),
         ("a --d -1", r'"--d -1" is ignored'),
         ("a --ss euler", "--ss has no effect on FLUX"),
-        ("a --l 3.5", r"two passes a step.*--g \(3.5 if not given\)"),
+        ("a --l 3.5", r"two passes a step.*--g \(guidance_scale\), 3.5 if not given"),
         ("d 20 dice", "begins with .* read as the flag --d"),
     ],
 )
@@ -122,7 +136,7 @@ def test_a_good_line_is_not_commented():
         ("type.json", '[{"prompt": "a", "seed": "42"}]', "seed = '42' is not of type int"),
         ("bool.json", '[{"prompt": "a", "width": true}]', "width = True is not of type int"),
         ("none.json", '[{"seed": 1}]', 'entry 1 has no "prompt"'),
-        ("bad.toml", "[prompt", "line 1, column 1: this is not TOML"),
+        ("bad.toml", "[prompt", "line 1, column 8: this is not TOML"),
         ("table.toml", 'prompt = "a"\n', r"needs a \[prompt\] table"),
         ("subset.toml", '[prompt]\n[prompt.subset]\nprompt = "a"\n', r"\[\[prompt.subset\]\] entries"),
         ("seed.txt", "a --d 99999999999999999999", "seed of entry 1 is not in 0..9223372036854775807"),

@@ -9,14 +9,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NoReturn
 
+from library.config.foreign import what_instead
+from library.config.kinds import FALSE_WORDS, TRUE_WORDS
 from library.config.names import suggestion
 from library.config.notices import Notices
 from library.config.options import COMMAND_LINE, SECRETS, Option
 from library.config.train_config import OPTIONS, SECTIONS
 from library.errors import ConfigError
 
+CONTINUATIONS = ("", "\\", "^", "`")  # what ends a line in some shell, and is a word of its own in the others
 MARKS = {"used": "", "none": " [no effect]", "refused": " [refused]"}
 
 
@@ -33,11 +37,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into one sentence."""
-        raise ConfigError(f"{COMMAND_LINE}: {message}")
+        raise ConfigError(
+            f"{COMMAND_LINE}: {message.replace('ignored explicit argument', 'takes no value, not')}"
+        )
 
 
+@cache
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all options. A given option is the list of its occurrences; others are absent."""
+    """The parser of all options, made once. A given option is the list of its occurrences; others are absent."""
     parser = Parser(
         description="Train a LoRA or LyCORIS adapter for FLUX.1, with the options of Kohya's sd-scripts.",
         usage="%(prog)s [--config_file FILE.toml] [options]",
@@ -72,7 +79,8 @@ def help_text(item: Option) -> str:
     choices = ": " + ", ".join(str(choice) for choice in item.row.choices) if item.row.choices else ""
     default = item.row.default
     shown = "" if default is None or default is False or default == () else f" (default: {default!r})"
-    return f"{item.row.help}{choices}{shown}{MARKS[item.row.effect.state]}"
+    ours = " [not in Kohya's]" if item.row.ours else ""
+    return f"{item.row.help}{choices}{shown}{MARKS[item.row.effect.state]}{ours}"
 
 
 def parse(argv: Sequence[str], notices: Notices) -> dict[str, Given]:
@@ -98,7 +106,14 @@ def parse(argv: Sequence[str], notices: Notices) -> dict[str, Given]:
 
 def _unknown(rest: Sequence[str]) -> str:
     flags = [word.split("=")[0] for word in rest if word.startswith("--")]
+    if rest[0].strip() in CONTINUATIONS:
+        return (
+            f"{COMMAND_LINE}: {rest[0]!r} stands alone; to go on in the next line, end the line with \\ in a Unix "
+            "shell, ^ in a .bat file, ` in PowerShell, and nothing after it"
+        )
     if not flags:
-        return f"{COMMAND_LINE}: {rest[0]!r} belongs to no option; names of options start with --"
+        flag = "; a flag stands alone, without a value" if rest[0].lower() in TRUE_WORDS | FALSE_WORDS else ""
+        return f"{COMMAND_LINE}: {rest[0]!r} belongs to no option; names of options start with --{flag}"
     name = flags[0].removeprefix("--")
-    return f"{COMMAND_LINE}: unknown option '--{name}'" + suggestion(name, OPTIONS)
+    hint = what_instead(name) or suggestion(name, OPTIONS)
+    return f"{COMMAND_LINE}: unknown option '--{name}'{hint}"

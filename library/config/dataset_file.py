@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from library.config.dataset_keys import (
@@ -18,12 +19,15 @@ from library.config.dataset_keys import (
     GENERAL,
     MASKED,
     METADATA,
+    NOT_OF_DATASETS,
     SUBSET,
+    Place,
     check_kind,
     read_table,
 )
 from library.config.names import suggestion
-from library.config.toml_file import parse_toml, read_text
+from library.config.toml_file import KeyPath, key_lines, line_of, parse_toml, read_text
+from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
 
@@ -54,35 +58,44 @@ class DatasetFile:
 
 def read_dataset_file(path: Path, *, masked_loss: bool) -> DatasetFile:
     """Read and check the file. Raises ConfigError naming file, table and key."""
-    return read_dataset_tables(_parse(path), path.name, masked_loss=masked_loss)
+    content, lines = _parse(path)
+    return read_dataset_tables(content, path.name, lines=lines, masked_loss=masked_loss)
 
 
-def read_dataset_tables(content: Mapping[str, Any], name: str, *, masked_loss: bool) -> DatasetFile:
-    """Check the content of a dataset file. Raises ConfigError naming `name`, table and key."""
+def read_dataset_tables(
+    content: Mapping[str, Any],
+    name: str,
+    *,
+    lines: Mapping[KeyPath, list[int]] = MappingProxyType({}),
+    masked_loss: bool,
+) -> DatasetFile:
+    """Check the content of a dataset file. Raises ConfigError naming `name`, table, key, and its line if known."""
     for key in content:
         if key not in ("general", "datasets"):
             raise ConfigError(
-                f"{name}: {key!r} stands outside [general] and [[datasets]]"
-                + suggestion(key, ("general", "datasets"))
+                f"{name}{line_of(lines, (key,))}: {key!r} stands outside [general] and [[datasets]]"
+                + (suggestion(key, ("general", "datasets")) or (NOT_OF_DATASETS if key in OPTIONS else ""))
             )
-    general = read_table(
-        _table(content.get("general", {}), f"{name} {GENERAL}"), GENERAL, f"{name} {GENERAL}"
-    )
-    tables = _tables(content.get("datasets", []), f"{name}: datasets")
+    place = Place(f"{name} {GENERAL}", ("general",), lines)
+    general = read_table(_table(content.get("general", {}), str(place)), GENERAL, place)
+    tables = _tables(content.get("datasets", []), f"{name}{line_of(lines, ('datasets',))}: datasets")
     if not tables:
         raise ConfigError(
             f"{name} has no [[datasets]]: add one with a [[datasets.subsets]] that names image_dir"
         )
     datasets = []
-    for number, table in enumerate(tables, 1):
-        datasets.append(_dataset(table, f"{name} {DATASET} {number}", masked_loss=masked_loss))
+    for index, table in enumerate(tables):
+        place = Place(f"{name} {DATASET} {index + 1}", ("datasets", index), lines)
+        datasets.append(_dataset(table, place, masked_loss=masked_loss))
     return DatasetFile(general, tuple(datasets))
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> tuple[dict[str, Any], Mapping[KeyPath, list[int]]]:
+    """The content, and the lines of its keys if it is TOML."""
     suffix = path.suffix.lower()
     if suffix == ".toml":
-        return parse_toml(read_text(path), path)
+        text = read_text(path)
+        return parse_toml(text, path), key_lines(text)
     if suffix != ".json":
         raise ConfigError(f"dataset_config {path}: the name must end with .toml or .json")
     try:
@@ -91,25 +104,27 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} line {error.lineno}, column {error.colno}: this is not JSON ({error.msg})"
         ) from None
-    return dict(_table(content, path.name))
+    return dict(_table(content, path.name)), {}
 
 
-def _dataset(table: Mapping[str, Any], place: str, *, masked_loss: bool) -> DatasetTable:
+def _dataset(table: Mapping[str, Any], place: Place, *, masked_loss: bool) -> DatasetTable:
     own = {name: value for name, value in table.items() if name != "subsets"}
     values = read_table(own, DATASET, place)
-    subsets = []
-    for number, subset in enumerate(_tables(table.get("subsets", []), f"{place}: subsets"), 1):
-        where = f"{place}, subset {number}"
-        subsets.append(SubsetTable(read_table(subset, SUBSET, where), where))
+    subsets: list[SubsetTable] = []
+    places: list[Place] = []
+    for index, subset in enumerate(_tables(table.get("subsets", []), f"{place}: subsets")):
+        where = Place(f"{place.name}, subset {index + 1}", (*place.path, "subsets", index), place.lines)
+        places.append(where)
+        subsets.append(SubsetTable(read_table(subset, SUBSET, where), str(where)))
     if not subsets:
         raise ConfigError(f"{place} has no [[datasets.subsets]]: add one that names image_dir")
-    kind = _kind(subsets, place, masked_loss=masked_loss)
+    kind = _kind(subsets, str(place), masked_loss=masked_loss)
     check_kind(values, kind, place)
-    for item in subsets:
-        check_kind(item.values, kind, item.place)
+    for item, where in zip(subsets, places, strict=True):
+        check_kind(item.values, kind, where)
         if kind != METADATA and "image_dir" not in item.values:
             raise ConfigError(f"{item.place}: image_dir is missing: name the folder of the images")
-    return DatasetTable(values, tuple(subsets), place)
+    return DatasetTable(values, tuple(subsets), str(place))
 
 
 def _kind(subsets: Sequence[SubsetTable], place: str, *, masked_loss: bool) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from library.config.names import nearest, suggestion
+from library.config.names import did_you_mean, nearest, suggestion
 from library.config.options import UNSET, Limit, Option, Row
+from library.config.toml_file import KeyPath, line_of
 from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
@@ -21,6 +22,7 @@ FOLDER, METADATA, MASKED = "images in folders", "metadata files", "mask images"
 ALL_KINDS = (FOLDER, METADATA, MASKED)
 EVERYWHERE = (GENERAL, DATASET, SUBSET)
 UPPER = (GENERAL, DATASET)
+NOT_OF_DATASETS = ", which is an option: give it in config_file or on the command line"
 MUSUBI = {
     "image_directory": "image_dir",
     "image_jsonl_file": "metadata_file",
@@ -85,10 +87,30 @@ _KEYS = (
 KEYS: Mapping[str, Key] = MappingProxyType({key.reader.name: key for key in _KEYS})
 
 
-def read_table(table: Mapping[str, object], level: str, place: str) -> dict[str, object]:
-    """The converted values of one table, keys left blank absent. Raises ConfigError naming `place`."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a table is, for messages: `data.toml [[datasets]] 1 (line 7)`."""
+
+    name: str  # without the line
+    path: KeyPath
+    lines: Mapping[KeyPath, list[int]]  # of the whole file; empty if it is not TOML
+
+    def __str__(self) -> str:
+        return self._with(line_of(self.lines, self.path))
+
+    def of(self, key: str) -> str:
+        """The place of one of the table's keys."""
+        return self._with(line_of(self.lines, (*self.path, key)))
+
+    def _with(self, line: str) -> str:
+        return f"{self.name} ({line.strip()})" if line else self.name
+
+
+def read_table(table: Mapping[str, object], level: str, whole: Place) -> dict[str, object]:
+    """The converted values of one table, keys left blank absent. Raises ConfigError naming the place."""
     values = {}
     for name, raw in table.items():
+        place = whole.of(name)
         key = KEYS.get(name)
         if key is None:
             raise ConfigError(_unknown(name, level, place))
@@ -102,19 +124,23 @@ def read_table(table: Mapping[str, object], level: str, place: str) -> dict[str,
     return values
 
 
-def check_kind(values: Mapping[str, object], kind: str, place: str) -> None:
+def check_kind(values: Mapping[str, object], kind: str, place: Place) -> None:
     """Raise ConfigError for a key that this kind of data does not know."""
     for name in values:
         kinds = KEYS[name].kinds
         if kind not in kinds:
-            raise ConfigError(f"{place}: {name} cannot be used with {kind}, only with {' or '.join(kinds)}")
+            raise ConfigError(
+                f"{place.of(name)}: {name} cannot be used with {kind}, only with {' or '.join(kinds)}"
+            )
 
 
 def _unknown(name: str, level: str, place: str) -> str:
     if name in MUSUBI:
-        here = MUSUBI[name]
-        hint = f"here it is {here} in {SUBSET}" if here else "there is no such key here"
+        ours = MUSUBI[name]
+        hint = f"here it is {ours} in {SUBSET}" if ours else "there is no such key here"
         return f"{place}: {name} belongs to musubi-tuner's dataset files; {hint}"
-    if near := nearest(name, [key for key in KEYS if level in KEYS[key].levels]):
-        return f"{place}: unknown key {name!r}; did you mean {near!r}?"
-    return f"{place}: unknown key {name!r}" + suggestion(name, KEYS)
+    here = [key for key in KEYS if level in KEYS[key].levels] + ["subsets"] * (level == DATASET)
+    if near := nearest(name, here):
+        return f"{place}: unknown key {name!r}{did_you_mean(near)}"
+    hint = NOT_OF_DATASETS if name in OPTIONS else ""
+    return f"{place}: unknown key {name!r}{hint}" + suggestion(name, KEYS)

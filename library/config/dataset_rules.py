@@ -12,10 +12,14 @@ from library.errors import ConfigError
 PATCH = 16  # pixels: FLUX packs latents of 8 pixels by 2 x 2
 
 
-def check(config: TrainConfig, datasets: Sequence[DatasetSettings], notices: Notices) -> None:
-    """Apply every rule to every dataset. Raises ConfigError for the first that is broken."""
-    for number, dataset in enumerate(datasets, 1):
-        place = f"dataset {number}"
+def check(
+    config: TrainConfig, datasets: Sequence[DatasetSettings], places: Sequence[str], notices: Notices
+) -> None:
+    """Apply every rule to every dataset; `places` say where each was written.
+
+    Raises ConfigError for the first rule that is broken.
+    """
+    for dataset, place in zip(datasets, places, strict=True):
         sizes_fit(dataset, place)
         has_training_images(dataset, place)
         batches_fill(config, dataset, place)

@@ -7,6 +7,7 @@ under output_dir.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def resolve_datasets(config: TrainConfig, *, notices: Notices | None = None) -> 
     else:
         general, tables = {}, (_folder_table(data, notices),)
     datasets = tuple(_resolve(config, general, table, notices) for table in tables)
-    dataset_rules.check(config, datasets, notices)
+    dataset_rules.check(config, datasets, [table.place for table in tables], notices)
     return datasets
 
 
@@ -104,7 +105,8 @@ def _subset(
         ("conditioning_data_dir", settings.conditioning_data_dir),
     ):
         if folder is not None and not folder.is_dir():
-            raise DatasetError(f"{subset.place}: {name} {folder} is not a folder")
+            hint = "; here folders are separated by /" if "\\" in str(folder) and os.sep == "/" else ""
+            raise DatasetError(f"{subset.place}: {name} {folder} is not a folder{hint}")
     if settings.metadata_file is not None and not settings.metadata_file.is_file():
         raise DatasetError(f"{subset.place}: metadata_file {settings.metadata_file} does not exist")
     return settings

@@ -12,8 +12,8 @@ from library.errors import ConfigError
 class Implication:
     """`option`, when it is on, sets `target` to `value`, or to its own value when that is None.
 
-    Where the target has another value, the two contradict each other, unless Kohya has an order: one that
-    `overrides` wins over it, one that `yields` is ignored.
+    Where the target has another value, the two contradict each other, unless there is an order: one that
+    `overrides` wins over it, as in Kohya, and one that `yields` is ignored. `remark` says why it sets the target.
     """
 
     option: str
@@ -21,6 +21,7 @@ class Implication:
     value: object = None
     overrides: bool = False
     yields: bool = False
+    remark: str = ""
 
 
 IMPLICATIONS = (
@@ -32,7 +33,12 @@ IMPLICATIONS = (
     Implication("caption_extention", "caption_extension", overrides=True),
     Implication("use_8bit_adam", "optimizer_type", "AdamW8bit"),
     Implication("use_lion_optimizer", "optimizer_type", "Lion"),
-)
+    # GUIs hand the backend to accelerate launch, which compiles then.
+    Implication(
+        "dynamo_backend", "torch_compile", True, yields=True,
+        remark="turns torch_compile on, unlike in Kohya's trainer; set torch_compile to false if that is not meant",
+    ),
+)  # fmt: skip
 
 
 def apply_implications(values: dict[str, object], sources: dict[str, str], notices: Notices) -> None:
@@ -54,9 +60,11 @@ def apply_implications(values: dict[str, object], sources: dict[str, str], notic
                     f"{rule.option} ({sources[rule.option]}) means {wanted}, which contradicts {place}"
                 )
             notices.remarks.append(f"{rule.option} ({sources[rule.option]}) overrides {place}")
-        if rule.yields:
+        if rule.yields and not rule.remark:
             notices.remarks.append(
                 f"{rule.option} ({sources[rule.option]}), an old form, is taken as {rule.target} = {wanted}"
             )
+        if rule.remark:
+            notices.advice.append(f"{rule.option} ({sources[rule.option]}) {rule.remark}")
         values[rule.target] = wanted
         sources[rule.target] = f"implied by {rule.option}"

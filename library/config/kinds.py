@@ -14,6 +14,8 @@ from pathlib import Path
 
 # Prompts for sample images: the path of a prompt file, or the prompts themselves, one a line.
 PromptText = str
+# A model file or folder, or a name that stands for one.
+ModelName = str
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
@@ -66,9 +68,28 @@ def to_text(raw: object) -> str:
     raise ValueError("is not text")
 
 
+def to_model_name(raw: object) -> str:
+    """A path or name. "C:\\train" in double quotes has a tab in it, which nobody means."""
+    text = to_text(raw)
+    if any(ord(letter) < ord(" ") for letter in text):
+        raise ValueError(
+            "has a control character in it, as a backslash in double quotes is an escape: "
+            "write the path with / or in single quotes"
+        )
+    return text
+
+
 def to_path(raw: object) -> Path:
     """A local path; `~` is the home folder."""
-    return Path(to_text(raw)).expanduser()
+    return local_path(to_model_name(raw))
+
+
+def local_path(text: str) -> Path:
+    """The path with `~` as the home folder; where `~name` is no user's, it is a name as any other."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def to_prompts(raw: object) -> str:
@@ -90,8 +111,8 @@ def to_steps(raw: object) -> int | float:
 
 
 def to_resolution(raw: object) -> tuple[int, int]:
-    """Width and height in pixels; one number is a square."""
-    parts = _parts(raw)
+    """Width and height in pixels; one number is a square, and "1024x768" is as good as "1024,768"."""
+    parts = _parts(raw.lower().replace("x", ",") if isinstance(raw, str) else raw)
     try:
         sides = [to_int(part) for part in parts]
     except ValueError:
@@ -114,7 +135,9 @@ def to_range(raw: object) -> tuple[float, float]:
 
 
 def to_texts(raw: object) -> tuple[str, ...]:
-    """A list of texts. One string with several `key=value` pairs is split where the next key begins."""
+    """A list of texts, from a list, a table, or one string, split where the next `key=value` begins."""
+    if isinstance(raw, dict):
+        return tuple(f"{key}={value}" for key, value in raw.items())
     if isinstance(raw, str):
         return tuple(re.split(r"\s+(?=\w+=)", raw.strip()))
     return tuple(to_text(item) for item in _items(raw))
@@ -126,8 +149,9 @@ def to_paths(raw: object) -> tuple[Path, ...]:
 
 
 def to_floats(raw: object) -> tuple[float, ...]:
-    """A list of numbers; one number is a list of one."""
-    return tuple(to_float(item) for item in _items(raw))
+    """A list of numbers; one number is a list of one, and a text is split at commas and blanks."""
+    parts = [part for item in _items(raw) for part in (_words(item) if isinstance(item, str) else [item])]
+    return tuple(to_float(part) for part in parts)
 
 
 def to_table(raw: object) -> Mapping[str, object]:
@@ -135,6 +159,10 @@ def to_table(raw: object) -> Mapping[str, object]:
     if isinstance(raw, dict):
         return dict(raw)  # plain, as it travels to worker processes
     raise ValueError("is not a table")
+
+
+def _words(text: str) -> list[str]:
+    return text.replace(",", " ").split()
 
 
 def _items(raw: object) -> tuple[object, ...]:
@@ -162,6 +190,7 @@ KINDS = {
     "int | float": Kind(to_steps, "STEPS|RATIO|%"),
     "str": Kind(to_text, "TEXT"),
     "PromptText": Kind(to_prompts, "FILE|TEXT"),
+    "ModelName": Kind(to_model_name, "PATH|NAME"),
     "Path": Kind(to_path, "PATH"),
     "Mapping[str, object]": Kind(to_table, "TABLE"),
     "tuple[int, int]": Kind(to_resolution, "W[,H]"),

@@ -18,6 +18,7 @@ from library.config.importers.recognise import import_file
 from library.config.importers.report import remarks
 from library.config.notices import Notices
 from library.config.options import UNSET, Option
+from library.config.strangers import place_strangers
 from library.config.train_config import OPTIONS, TrainConfig
 from library.errors import ConfigError
 
@@ -41,19 +42,9 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     about to be written, not used: see `show.output_config`. Raises ConfigError.
     """
     notices = Notices()
-    given = parse(argv, notices)
-    writes = "output_config" in given
-    tables = None
-    if "config_file" in given:
-        path = config_path(str(given["config_file"].raw))
-        given["config_file"] = Given(str(path), given["config_file"].place)
-        if not writes:
-            of_file, tables = _read_file(path, given, notices)
-            given = {**of_file, **given}
-    values, sources = read_values(given, notices)
-    apply_implications(values, sources, notices)
+    values, sources, tables = read_options(argv, notices)
     config = TrainConfig.from_values(values, dataset_tables=tables)
-    if not writes:
+    if not config.run.output_config:
         rules.check(config, sources, notices)
     if config.run.strict_config and notices.remarks:
         raise ConfigError("strict_config allows none of this: " + "; ".join(notices.remarks))
@@ -62,12 +53,33 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     )
 
 
-def _read_file(
+def read_options(
+    argv: Sequence[str], notices: Notices
+) -> tuple[dict[str, object], dict[str, str], Mapping[str, object] | None]:
+    """Values and sources of the options that `argv` and its config file give or imply, each checked alone.
+
+    A config of another program may also give dataset tables, as of a dataset_config file.
+    """
+    given, tables = parse(argv, notices), None
+    if "config_file" in given:
+        path = config_path(str(given["config_file"].raw))
+        given["config_file"] = Given(str(path), given["config_file"].place)
+        if "output_config" not in given:
+            given, tables = _with_file(path, given, notices)
+    values, sources = read_values(given, notices)
+    apply_implications(values, sources, notices)
+    return values, sources, tables
+
+
+def _with_file(
     path: Path, given: Mapping[str, Given], notices: Notices
 ) -> tuple[dict[str, Given], Mapping[str, object] | None]:
-    """What the config file gives: options and, if it is another program's, dataset tables."""
+    """What the config file gives beneath `given`: options and, if it is another program's, dataset tables."""
     if path.suffix == ".toml":
-        return read_config_file(path, notices), None
+        content = read_config_file(path, notices)
+        both = {**content.options, **given}
+        place_strangers(content.strangers, both, notices)
+        return both, None
     imported = import_file(path)
     notices.remarks.extend(remarks(imported, path.name))
     options = {
@@ -76,9 +88,9 @@ def _read_file(
     }
     named = [name for name in ("dataset_config", "in_json", "train_data_dir") if name in given]
     if imported.dataset is None or not named:
-        return options, imported.dataset
+        return {**options, **given}, imported.dataset
     notices.remarks.append(f"--{named[0]} names the data, so the datasets of {path.name} are ignored")
-    return options, None
+    return {**options, **given}, None
 
 
 def read_values(given: Mapping[str, Given], notices: Notices) -> tuple[dict[str, object], dict[str, str]]:

@@ -125,6 +125,8 @@ class Option:
             raise ConfigError(f"{self.said(raw, place)} {error}") from None
         if value in self.row.unset:
             return UNSET
+        if isinstance(value, str):
+            value = next((one for one in self.row.choices if str(one).lower() == value.lower()), value)
         if self.row.choices and value not in self.row.choices:
             allowed = ", ".join(str(choice) for choice in self.row.choices)
             hint = suggestion(str(value), [str(choice) for choice in self.row.choices])

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from library.config.kinds import local_path
+from library.config.names import suggestion
 from library.config.toml_file import parse_toml, read_text
 from library.errors import ConfigError
 
@@ -70,20 +72,23 @@ FLAGS_WITHOUT_EFFECT = ("ss", "cn", "ctr", "rcfg", "fs")
 KEYS_WITHOUT_EFFECT = ("sample_sampler", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
 
 # What other programs call it -> what it may mean here
-MEANINGS: Mapping[str, str] = {
-    "cfg": "--l (classifier-free guidance) or --g (FLUX dev's distilled guidance)",
-    "scale": "--l (classifier-free guidance) or --g (FLUX dev's distilled guidance)",
-    "guidance": "--g",
-    "guidance_scale": "--g",
-    "steps": "--s",
-    "seed": "--d",
-    "width": "--w",
-    "height": "--h",
-    "neg": "--n",
-    "negative": "--n",
-    "negative_prompt": "--n",
-    "no": "--n",
+MEANINGS: Mapping[str, tuple[str, ...]] = {
+    "cfg": ("l", "g"),
+    "cfg_scale": ("l", "g"),
+    "scale": ("l", "g"),
+    "guidance": ("g",),
+    "guidance_scale": ("g",),
+    "steps": ("s",),
+    "num_inference_steps": ("s",),
+    "seed": ("d",),
+    "width": ("w",),
+    "height": ("h",),
+    "neg": ("n",),
+    "negative": ("n",),
+    "negative_prompt": ("n",),
+    "no": ("n",),
 }
+ABOUT: Mapping[str, str] = {"l": " (classifier-free guidance)", "g": " (FLUX dev's distilled guidance)"}
 KEYS: Mapping[str, type] = {
     "prompt": str,
     "negative_prompt": str,
@@ -104,14 +109,16 @@ def load_prompts(source: str | Path | Sequence[str]) -> LoadedPrompts:
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         return _collect([_from_line(line) for line in _lines("\n".join(source))], "sample_prompts")
-    path = Path(source)
+    path = local_path(str(source))
     reader = _READERS.get(path.suffix.lower())
+    if _is_folder(path):
+        raise ConfigError(
+            f"sample_prompts {path}: this is a folder; name a prompt file in it, or write a prompt"
+        )
     if reader is None and not _is_file(path):
         return _collect([_from_line(line) for line in _lines(str(source))], "sample_prompts")
     if reader is None:
         raise ConfigError(f"sample_prompts {path}: a prompt file ends in {', '.join(_READERS)}")
-    if not _is_file(path):
-        raise ConfigError(f"sample_prompts {path}: there is no such file")
     return _collect(reader(read_text(path), path), str(path))
 
 
@@ -119,6 +126,13 @@ def _is_file(path: Path) -> bool:
     """A long text is no file name, and asking the system about it is an error of its own."""
     try:
         return path.is_file()
+    except OSError:
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
     except OSError:
         return False
 
@@ -152,16 +166,11 @@ def _from_line(line: str) -> Entry:
         if name.lower() in FLAGS_WITHOUT_EFFECT:
             entry.notices.append(f"--{name} has no effect on FLUX")
         elif name.lower() not in FLAGS:
-            meant = MEANINGS.get(name.lower())
+            meant = " or ".join(f"--{flag}{ABOUT.get(flag, '')}" for flag in MEANINGS.get(name.lower(), ()))
             hint = f"; did you mean {meant}?" if meant else f"; flags are --{', --'.join(FLAGS)}"
             entry.notices.append(f'"--{part.strip()}" is not a known flag and is ignored{hint}')
         elif not _apply_flag(part.strip(), entry):
             entry.notices.append(f'"--{part.strip()}" is ignored: "{value}" is not a value of --{name}')
-    if entry.values.get("scale", 1) != 1 and "guidance_scale" not in entry.values:
-        entry.notices.append(
-            f"--l {entry.values['scale']} is true classifier-free guidance, two passes a step; FLUX dev's "
-            f"own guidance is --g ({DEFAULT_GUIDANCE} if not given)"
-        )
     return entry
 
 
@@ -222,7 +231,11 @@ def _from_table(table: Mapping[str, object]) -> Entry:
         if key in KEYS_WITHOUT_EFFECT:
             entry.notices.append(f"{key} has no effect on FLUX")
         elif kind is None:
-            entry.notices.append(f"{key} is not a known key and is ignored; keys are {', '.join(KEYS)}")
+            meant = " or ".join(FLAGS[flag].field + ABOUT.get(flag, "") for flag in MEANINGS.get(key, ()))
+            hint = f"; did you mean {meant}?" if meant else suggestion(key, KEYS)
+            entry.notices.append(
+                f"{key} is not a known key and is ignored{hint or '; keys are ' + ', '.join(KEYS)}"
+            )
         elif isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise ConfigError(f"sample_prompts: {key} = {value!r} is not of type {kind.__name__}")
         elif isinstance(value, (int, float, str)):
@@ -245,6 +258,14 @@ def _finish(index: int, values: Mapping[str, Any]) -> SamplePrompt:
     )
 
 
+def _guidance_notice(entry: Entry) -> None:
+    if entry.values.get("scale", 1) != 1 and "guidance_scale" not in entry.values:
+        entry.notices.append(
+            f"--l {entry.values['scale']} (scale) is true classifier-free guidance, two passes a step; FLUX dev's "
+            f"own guidance is --g (guidance_scale), {DEFAULT_GUIDANCE} if not given"
+        )
+
+
 def _collect(entries: Sequence[Entry], where: str) -> LoadedPrompts:
     """Number the entries, bring sides and steps into range, and say where each notice belongs."""
     if not entries:
@@ -254,6 +275,7 @@ def _collect(entries: Sequence[Entry], where: str) -> LoadedPrompts:
             raise ConfigError(f'sample_prompts {where}: entry {number} has no "prompt"')
         if not 0 <= int(entry.values.get("seed", 0)) <= MAX_SEED:
             raise ConfigError(f"sample_prompts {where}: the seed of entry {number} is not in 0..{MAX_SEED}")
+        _guidance_notice(entry)
     return LoadedPrompts(
         prompts=tuple(_finish(index, entry.values) for index, entry in enumerate(entries)),
         notices=tuple(

@@ -21,6 +21,7 @@ TYPE_WORDS = {
     "int | float": "steps, share below 1, or %",
     "str": "text",
     "PromptText": "file or text",
+    "ModelName": "path or name",
     "Path": "path",
     "tuple[int, int]": "W,H or one number",
     "tuple[float, float]": "low,high",

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from library.config.names import suggestion
+from library.config.kinds import local_path
+from library.config.names import files_near, suggestion
 from library.config.notices import Notices
 from library.config.rule_context import Context
 from library.config.sections.schedule import LR_SCHEDULERS
@@ -106,7 +107,7 @@ def named_files_exist(context: Context) -> None:
         named.append(("resume", config.saving.resume))
     for name, path in named:
         if path is not None and not path.exists():
-            raise ConfigError(f"{name} ({context.sources[name]}): {path} does not exist")
+            raise ConfigError(f"{name} ({context.sources[name]}): {path} does not exist{files_near(path)}")
 
 
 def masks_are_weighed(context: Context) -> None:
@@ -288,8 +289,8 @@ def samples_have_prompts(context: Context) -> None:
         )
         return
     is_name = "\n" not in prompts and prompts.lower().endswith(PROMPT_FILES)
-    if is_name and not Path(prompts).expanduser().is_file():
-        raise ConfigError(f"{context.said('sample_prompts')}: there is no such file")
+    if is_name and not (path := local_path(prompts)).is_file():
+        raise ConfigError(f"{context.said('sample_prompts')}: there is no such file{files_near(path)}")
 
 
 def defaults_suit_flux(context: Context) -> None:
@@ -304,6 +305,11 @@ def defaults_suit_flux(context: Context) -> None:
     if objective.timestep_sampling in ("shift", "sigma") and not context.given("discrete_flow_shift"):
         context.notices.advice.append(
             "discrete_flow_shift is not given and stays at 3.0; 3.1582 is recommended for FLUX"
+        )
+    if context.config.model.apply_t5_attn_mask:
+        context.notices.advice.append(
+            f"{context.said('apply_t5_attn_mask')}: ComfyUI and diffusers draw without this mask, so pictures may "
+            "differ there from the samples drawn here"
         )
 
 

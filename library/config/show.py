@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
-
-import toml
+from typing import NamedTuple, cast
 
 from library.config.load import LoadedConfig
 from library.config.options import SECRETS
+from library.config.toml_file import toml_value
 from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
@@ -58,15 +57,18 @@ def output_config(loaded: LoadedConfig) -> tuple[Path, str]:
         raise ConfigError("--output_config needs --config_file: name the file to write")
     if path.exists():
         raise ConfigError(f"--output_config: {path} exists; remove it or name another file as --config_file")
-    values = {
-        name: _written(value)
+    lines = [
+        f"{name} = {_written(name, value)}\n"
         for name, value in loaded.config.flat().items()
-        if value != OPTIONS[name].row.default and name not in NOT_WRITTEN
-    }
-    return path, toml.dumps(values)
+        if value != OPTIONS[name].row.default
+        and name not in NOT_WRITTEN
+        and not loaded.sources[name].startswith("implied")
+    ]
+    return path, "".join(lines)
 
 
-def _written(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_written(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def _written(name: str, value: object) -> str:
+    """The value in TOML, of Kohya's type: sizes and ranges are texts there."""
+    if OPTIONS[name].type in ("tuple[int, int]", "tuple[float, float]"):
+        value = ",".join(str(item) for item in cast("tuple[object, ...]", value))
+    return toml_value(value)

@@ -21,8 +21,9 @@ from library.optim.plugins import (
     Arguments,
     check_arguments,
     classes_of,
+    closest,
     import_class,
-    nearest,
+    listed,
     parse_arguments,
 )
 
@@ -226,9 +227,11 @@ def _choose(config: OptimizerConfig) -> tuple[Recipe, tuple[str, ...]]:
         one.lower(): one for one in classes_of("torch.optim") if one.lower() not in {"optimizer", *UNUSABLE}
     }
     if name.lower() not in in_torch:
+        known = {*RECIPES, *in_torch.values()}
+        near = closest(name, sorted(known), cutoff=0)[0]
         raise ConfigError(
-            f"optimizer_type = {name} is not known; {nearest(name, {*RECIPES, *in_torch.values()})} "
-            "(any other class can be given as module.Class)"
+            f"optimizer_type = {name} is not known; did you mean {near}? ({listed(known)}; "
+            "any other class can be given as module.Class)"
         )
     return Recipe("torch.optim", in_torch[name.lower()]), ()
 

@@ -37,13 +37,21 @@ class Arguments:
     notices: tuple[str, ...]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """ ", did you mean A or B?" or a list of everything known: the end of a sentence that refuses `name`."""
+    close = closest(name, known, cutoff=0.55)
+    return f"did you mean {' or '.join(close)}?" if close else listed(known)
+
+
+def closest(name: str, known: Iterable[str], *, cutoff: float) -> list[str]:
+    """At most three of the names in `known`, the most alike first; a `cutoff` of 0 finds some for any name."""
     by_lower = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.55)
-    if close:
-        return f"did you mean {' or '.join(by_lower[one] for one in close)}?"
-    return f"known are {', '.join(sorted(by_lower.values(), key=str.lower))}"
+    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=cutoff)]
+
+
+def listed(known: Iterable[str]) -> str:
+    """ "known are A, B, C": all names in alphabetical order."""
+    return f"known are {', '.join(sorted(known, key=str.lower))}"
 
 
 def parse_arguments(texts: Sequence[str], *, option: str) -> Arguments:

@@ -125,15 +125,15 @@ def test_a_file_with_byte_order_mark(tmp_path, images):
     [
         (
             dataset("min_bucket_resolution = 1"),
-            "data.toml [general]: unknown key 'min_bucket_resolution'; did you mean",
+            "data.toml [general] (line 2): unknown key 'min_bucket_resolution'; did you mean",
         ),
         (
             dataset("", "reslution = 1"),
-            "data.toml [[datasets]] 1: unknown key 'reslution'; did you mean 'resolution'?",
+            "data.toml [[datasets]] 1 (line 5): unknown key 'reslution'; did you mean 'resolution'?",
         ),
         (
             dataset("", "", "num_repeat = 1"),
-            "[[datasets]] 1, subset 1: unknown key 'num_repeat'; did you mean 'num_repeats'",
+            "[[datasets]] 1, subset 1 (line 8): unknown key 'num_repeat'; did you mean 'num_repeats'",
         ),
         (
             dataset("", "image_directory = 'x'"),
@@ -147,7 +147,7 @@ def test_a_file_with_byte_order_mark(tmp_path, images):
             dataset("", "", "resolution = 1"),
             "resolution cannot stand in [[datasets.subsets]]; it belongs into [general]",
         ),
-        (dataset("", "", "num_repeats = 'x'"), "subset 1: num_repeats = 'x' is not a whole number"),
+        (dataset("", "", "num_repeats = 'x'"), "subset 1 (line 8): num_repeats = 'x' is not a whole number"),
         (dataset("", "batch_size = true"), "batch_size = True is not a whole number"),
         (dataset("", "batch_size = 0"), "batch_size = 0 must be >= 1"),
         (dataset("", "", "caption_dropout_rate = 2"), "must be >= 0 and <= 1"),
@@ -156,7 +156,7 @@ def test_a_file_with_byte_order_mark(tmp_path, images):
         ("seed = 1\n" + dataset(), "'seed' stands outside [general] and [[datasets]]"),
         ("[[dataset]]\n", "'dataset' stands outside [general] and [[datasets]]; did you mean 'datasets'?"),
         ("[general]\n", "has no [[datasets]]"),
-        ("[[datasets]]\nresolution = 512\n", "[[datasets]] 1 has no [[datasets.subsets]]"),
+        ("[[datasets]]\nresolution = 512\n", "[[datasets]] 1 (line 1) has no [[datasets.subsets]]"),
         ("[datasets]\nresolution = 512\n", "must be an array of tables"),
         ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1\n", "image_dir is missing"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'IMAGES'\n", "resolution is missing"),
@@ -253,8 +253,8 @@ def test_left_out_subsets_are_named(resolve, images, tmp_path):
     (settings,) = resolve(text, notices=notices)
     assert [subset.image_dir for subset in settings.subsets] == [images]
     assert notices.remarks == [
-        f"data.toml [[datasets]] 1, subset 2: {images} is given twice in one dataset; the second is left out",
-        f"data.toml [[datasets]] 1, subset 3: num_repeats = 0, so {other} is left out",
+        f"data.toml [[datasets]] 1, subset 2 (line 9): {images} is given twice in one dataset; the second is left out",
+        f"data.toml [[datasets]] 1, subset 3 (line 11): num_repeats = 0, so {other} is left out",
     ]
 
 
@@ -304,8 +304,8 @@ def test_rules_over_datasets(resolve, own, options, message):
             'face_crop_aug_range = "2,4"',
             {"enable_bucket": True, "cache_latents": True},
             [
-                "dataset 1: face_crop_aug_range has no effect with enable_bucket",
-                "dataset 1: face_crop_aug_range has no effect with cache_latents",
+                "data.toml [[datasets]] 1 (line 3): face_crop_aug_range has no effect with enable_bucket",
+                "data.toml [[datasets]] 1 (line 3): face_crop_aug_range has no effect with cache_latents",
             ],
         ),
         (

@@ -144,6 +144,7 @@ def test_the_allowed_neighbours_of_refused_configs(changes):
         ),
         ({"mixed_precision": "fp16"}, "bf16 is recommended"),
         ({"sample_prompts": "a"}, "no sample is drawn"),
+        ({"apply_t5_attn_mask": ""}, "ComfyUI and diffusers draw without this mask"),
         ({"guidance_scale": None}, "guidance_scale is not given and stays at 3.5; 1.0 is recommended"),
         ({"timestep_sampling": None}, "stays at sigma; shift or flux_shift is recommended"),
         ({"model_prediction_type": None}, "stays at sigma_scaled; raw is recommended"),

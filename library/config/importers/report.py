@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from library.config.dataset_file import read_dataset_tables
 from library.config.importers.rules import ASSUMED, DATASET, READ, Imported, Note, shown
 from library.config.options import SECRETS, UNSET
+from library.config.toml_file import toml_value
 from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
@@ -33,9 +32,9 @@ def options_toml(imported: Imported, name: str, *, dataset: str | None = None) -
         if option in SECRETS:
             lines.append(f"# {option} is not written; give it on the command line{origin}")
         elif value is not UNSET:
-            lines.append(f"{option} = {_toml(value)}{origin}")
+            lines.append(f"{option} = {toml_value(value)}{origin}")
     if dataset is not None:
-        lines.append(f"dataset_config = {_toml(dataset)}  # the datasets")
+        lines.append(f"dataset_config = {toml_value(dataset)}  # the datasets")
     return "\n".join(lines) + "\n"
 
 
@@ -45,23 +44,18 @@ def dataset_toml(imported: Imported, name: str) -> str:
     read_dataset_tables(content, name, masked_loss=True)
     lines = [f"# The datasets of {name}, a config of {imported.kind}"]
     for table in content["datasets"]:
-        lines += ["", "[[datasets]]", *(f"{key} = {_toml(table[key])}" for key in table if key != "subsets")]
+        lines += [
+            "",
+            "[[datasets]]",
+            *(f"{key} = {toml_value(table[key])}" for key in table if key != "subsets"),
+        ]
         for subset in table["subsets"]:
             lines += [
                 "",
                 "  [[datasets.subsets]]",
-                *(f"  {key} = {_toml(value)}" for key, value in subset.items()),
+                *(f"  {key} = {toml_value(value)}" for key, value in subset.items()),
             ]
     return "\n".join(lines) + "\n"
-
-
-def _toml(value: object) -> str:
-    """A value as TOML; a text is written as in JSON, which is TOML as well."""
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    if isinstance(value, (bool, str, Path)):
-        return json.dumps(value if isinstance(value, bool) else str(value), ensure_ascii=False)
-    return repr(value)
 
 
 def account(imported: Imported) -> str:

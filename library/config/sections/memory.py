@@ -19,7 +19,7 @@ class MemoryConfig:
     torch_compile: bool = option(False, "compile the transformer")
     dynamo_backend: str = option(
         "inductor",
-        "backend of torch_compile",
+        "backend of torch_compile; given alone it turns that on",
         choices=(
             "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs",
             "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm",

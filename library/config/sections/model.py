@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.config.kinds import ModelName
 from library.config.options import Limit, option, refused_values
 
 
@@ -12,12 +13,12 @@ from library.config.options import Limit, option, refused_values
 class ModelConfig:
     """Base model: transformer, text encoders, autoencoder."""
 
-    pretrained_model_name_or_path: str | None = option(
+    pretrained_model_name_or_path: ModelName | None = option(
         None, "FLUX.1 transformer: a .safetensors file, a folder in diffusers layout, or a model name"
     )
-    clip_l: str | None = option(None, "CLIP-L text encoder: a .safetensors file")
-    t5xxl: str | None = option(None, "T5-XXL text encoder: a .safetensors file")
-    ae: str | None = option(None, "autoencoder: a .safetensors file")
+    clip_l: ModelName | None = option(None, "CLIP-L text encoder: a .safetensors file")
+    t5xxl: ModelName | None = option(None, "T5-XXL text encoder: a .safetensors file")
+    ae: ModelName | None = option(None, "autoencoder: a .safetensors file")
     tokenizer_cache_dir: Path | None = option(
         None, "folder with the tokenizers, so that nothing is downloaded"
     )

@@ -22,7 +22,9 @@ class TrainingConfig:
         limit=Limit(ge=1, unit="images"),
         ours=True,
     )
-    seed: int | None = option(None, "seed of everything random; unset draws one", limit=Limit(ge=0))
+    seed: int | None = option(
+        None, "seed of everything random; unset or -1 draws one", limit=Limit(ge=0), unset=(-1,)
+    )
     mixed_precision: str = option(
         "no", "precision of the computation; bf16 for FLUX", choices=("no", "fp16", "bf16")
     )
