@@ -19,7 +19,8 @@ from library.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 KOHYA = {row["dest"]: row for row in json.loads((ROOT / "tests/data/config/kohya_options.json").read_text())}
-OURS = {"global_batch_size", "dry_run", "strict_config", "text_cache_variants", "trigger_word"}
+OURS = {"global_batch_size", "dry_run", "dry_run_json", "strict_config", "ignore_advice"}
+OURS |= {"text_cache_variants", "trigger_word"}
 # The type that Kohya's parser declares for options of each of our types.
 KOHYA_TYPES = {
     "bool": "bool",
@@ -201,13 +202,13 @@ def test_reading_options_imports_nothing_heavy():
 
 
 def test_every_used_option_is_read_somewhere(repository):
-    """An option that says it is used is named in code outside its declaration and its checks."""
-    declared = repository / "library/config/sections"
-    checks = {repository / "library/config" / name for name in ("rules.py", "dataset_rules.py", "foreign.py")}
+    """An option that says it is used is named in code outside its declaration, its checks and its description."""
+    declared = (repository / "library/config/sections", repository / "library/preflight")
+    names = ("rules.py", "dataset_rules.py", "advice_rules.py", "advice.py", "effects.py", "foreign.py")
+    checks = {repository / "library/config" / name for name in names}
     files = [repository / "flux_train_network.py"]
     files += [path for top in ("library", "networks") for path in (repository / top).rglob("*.py")]
-    code = "\n".join(
-        path.read_text() for path in files if path not in checks and not path.is_relative_to(declared)
-    )
+    aside = checks | {path for path in files if any(path.is_relative_to(folder) for folder in declared)}
+    code = "\n".join(path.read_text() for path in files if path not in aside)
     words = set(re.findall(r"\w+", code))
     assert not {name for name, row in OPTIONS.items() if row.row.effect.state == "used"} - words
