@@ -3,7 +3,8 @@
     accelerate launch flux_train_network.py --config_file configs/quickstart.toml
 
 Exit codes: 0 done, 1 a bug of ours (traceback), 2 something given cannot be used (one sentence), 3 the loss is no
-longer finite, 4 stopped by a signal after the state was saved.
+longer finite, 4 stopped by a signal after the state was saved, 130 Ctrl-C before training began. Whatever happens, the
+last line on the screen says it in one sentence.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import library
 from library.config.load import load_config
 from library.errors import Interrupted, NothingToDo, TrainerError, UserError
 
+INTERRUPTED = 130  # what a shell makes of Ctrl-C
 GRACE_SECONDS = 5.0  # what other ranks leave rank 0 to say what is wrong
 HERE = Path(__file__).resolve().parent
 
@@ -45,15 +48,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         run(loaded)
     except TrainerError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        if os.environ.get("RANK", "0") != "0":
             # What every rank finds wrong, rank 0 says; the launcher ends the others meanwhile.
             time.sleep(GRACE_SECONDS)
-        prefix = "" if rank == "0" else f"rank {rank}: "
-        prefix += "" if isinstance(error, Interrupted | NothingToDo) else "error: "
-        print(f"{prefix}{error}", file=sys.stderr)  # noqa: T201
+        say_last(str(error) if isinstance(error, Interrupted | NothingToDo) else f"error: {error}")
         return error.exit_code
+    except KeyboardInterrupt:
+        say_last(
+            "stopped before training began; caches made so far are kept, and the same command goes on from there"
+        )
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last line must say what happened, whatever it was
+        traceback.print_exc()
+        what = " ".join(str(error).split()) or "no further word"
+        say_last(f"error: {type(error).__name__}: {what}; the lines above show where, please report them")
+        return 1
     return 0
+
+
+def say_last(sentence: str) -> None:
+    """Print the sentence that is to be the last on the screen; other ranks say who they are."""
+    rank = os.environ.get("RANK", "0")
+    print(sentence if rank == "0" else f"rank {rank}: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
+from rich.text import Text
 
 ROOT = "library"
 
@@ -28,6 +30,21 @@ class OnceFilter(logging.Filter):
         return True
 
 
+class ScreenHandler(logging.Handler):
+    """Prints records to a terminal, above a progress bar if one is up. The terminal wraps, so paths stay whole."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = Text(self.format(record))
+        if record.levelno >= logging.WARNING:
+            colour = "yellow" if record.levelno == logging.WARNING else "red"
+            text = Text.assemble((f"{record.levelname.lower()}: ", colour), text)
+        self._console.print(text, soft_wrap=True, highlight=False)
+
+
 def setup_logging(
     *, is_main: bool, console: Console, level: str = "INFO", file: Path | None = None, simple: bool = False
 ) -> None:
@@ -41,9 +58,7 @@ def setup_logging(
         handler = logging.StreamHandler(console.file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     else:
-        handler = RichHandler(
-            console=console, show_path=False, show_time=False, markup=False, highlighter=None
-        )
+        handler = ScreenHandler(console)
     handlers: list[logging.Handler] = [handler]
     if file is not None:
         written = logging.FileHandler(file, mode="w", encoding="utf-8")
@@ -58,6 +73,17 @@ def setup_logging(
             logger.addHandler(one)
         logger.setLevel(level if is_main else logging.ERROR)
         logger.propagate = False
+
+
+@contextmanager
+def quiet(level: int) -> Iterator[None]:
+    """Hold back records up to `level`, of every library, while something is only tried out."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def warn_once(logger: logging.Logger, message: str, *arguments: object) -> None:

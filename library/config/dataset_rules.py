@@ -101,14 +101,16 @@ def text_can_be_cached(config: TrainConfig, datasets: Sequence[DatasetSettings],
     given = ", ".join(name for name, on in changing.items() if on)
     if not given or not caching.cache_text_encoder_outputs:
         return
-    notices.advice.append(
+    notices.advise(
+        "caption-variants",
         f"text encoder outputs are cached, so an image has {caching.text_cache_variants} captions at most by "
-        f"{given}; text_cache_variants changes that"
+        f"{given}; text_cache_variants changes that",
     )
     if caching.cache_text_encoder_outputs_to_disk and config.training.seed is None:
-        notices.advice.append(
+        notices.advise(
+            "caption-variants-seed",
             f"each seed draws other captions by {given}, and seed is not given: give one, and the next run finds "
-            "its text encoder outputs cached"
+            "its text encoder outputs cached",
         )
 
 

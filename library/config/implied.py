@@ -31,6 +31,7 @@ IMPLICATIONS = (
     Implication("cpu_offload_checkpointing", "gradient_checkpointing", True, overrides=True),
     Implication("split_mode", "blocks_to_swap", 18, yields=True),
     Implication("caption_extention", "caption_extension", overrides=True),
+    Implication("dry_run_json", "dry_run", True, overrides=True),
     Implication("use_8bit_adam", "optimizer_type", "AdamW8bit"),
     Implication("use_lion_optimizer", "optimizer_type", "Lion"),
     # GUIs hand the backend to accelerate launch, which compiles then.
@@ -65,6 +66,6 @@ def apply_implications(values: dict[str, object], sources: dict[str, str], notic
                 f"{rule.option} ({sources[rule.option]}), an old form, is taken as {rule.target} = {wanted}"
             )
         if rule.remark:
-            notices.advice.append(f"{rule.option} ({sources[rule.option]}) {rule.remark}")
+            notices.remarks.append(f"{rule.option} ({sources[rule.option]}) {rule.remark}")
         values[rule.target] = wanted
         sources[rule.target] = f"implied by {rule.option}"

@@ -16,7 +16,7 @@ from library.config.config_file import config_path, read_config_file
 from library.config.implied import apply_implications
 from library.config.importers.recognise import import_file
 from library.config.importers.report import remarks
-from library.config.notices import Notices
+from library.config.notices import Notices, refuse
 from library.config.options import UNSET, Option
 from library.config.strangers import place_strangers
 from library.config.train_config import OPTIONS, TrainConfig
@@ -46,8 +46,8 @@ def load_config(argv: Sequence[str]) -> LoadedConfig:
     config = TrainConfig.from_values(values, dataset_tables=tables)
     if not config.run.output_config:
         rules.check(config, sources, notices)
-    if config.run.strict_config and notices.remarks:
-        raise ConfigError("strict_config allows none of this: " + "; ".join(notices.remarks))
+    if config.run.strict_config:
+        refuse(notices.all())
     return LoadedConfig(
         config, notices.all(), MappingProxyType({name: sources.get(name, "default") for name in OPTIONS})
     )

@@ -21,7 +21,7 @@ class Context:
 
     def given(self, name: str) -> bool:
         """Whether the option was written somewhere, or follows from one that was."""
-        return name in self.sources
+        return self.sources.get(name, "default") != "default"
 
     def said(self, name: str) -> str:
         """The option, its value and where it comes from, for a message."""
@@ -29,3 +29,7 @@ class Context:
         value = self.config.value(name)
         text = str(value) if isinstance(value, Path) else shown(name, value)
         return f"--{name} {text} ({place})" if place == COMMAND_LINE else f"{name} = {text} ({place})"
+
+    def advise(self, code: str, text: str) -> None:
+        """Add one piece of advice; `code` is a key of `advice.MEANINGS`."""
+        self.notices.advise(code, text)

@@ -1,6 +1,7 @@
 """Checks over several options, one function a rule. They look at options and at whether named files exist.
 
-What depends on the resolved datasets is checked in `dataset_rules`; what needs a model file, at its loading.
+What is allowed but hurts is in `advice_rules`. What depends on the resolved datasets is checked in
+`dataset_rules`; what needs a model file, at its loading.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from library.config.advice_rules import ADVICE_RULES
 from library.config.kinds import local_path
 from library.config.names import files_near, suggestion
 from library.config.notices import Notices
 from library.config.rule_context import Context
 from library.config.sections.schedule import LR_SCHEDULERS
 from library.config.service_rules import AUTO, SERVICE_RULES
-from library.config.train_config import OPTIONS, TrainConfig
+from library.config.train_config import TrainConfig
 from library.errors import ConfigError
 
 FLUX_MODULE = "networks.lora_flux"
@@ -33,13 +35,13 @@ NOT_IN_FP16 = frozenset(
     {"adamw", "adamw_torch", "adamw_torch_fused", "adam", "nadam", "adamax", "rmsprop", "adagrad",
      "adamwschedulefree"}
 )  # fmt: skip
-ADAPTIVE_OPTIMIZERS = ("prodigy", "dadapt")  # they find the rate themselves; learning_rate is a factor near 1
 
 
 def check(config: TrainConfig, sources: Mapping[str, str], notices: Notices) -> None:
     """Apply every rule. Raises ConfigError for the first broken; the rest goes to `notices`."""
+    notices.ignored = config.run.ignored_codes
     context = Context(config, sources, notices)
-    for rule in RULES:
+    for rule in (*RULES, *ADVICE_RULES):
         rule(context)
 
 
@@ -169,10 +171,6 @@ def precision_fits(context: Context) -> None:
         raise ConfigError(
             f"{context.said('fp8_base')} needs mixed_precision bf16 or fp16: set mixed_precision to bf16"
         )
-    if training.mixed_precision == "fp16":
-        context.notices.advice.append(
-            f"{context.said('mixed_precision')}: FLUX can overflow in fp16; bf16 is recommended"
-        )
 
 
 def optimizer_fits_half_weights(context: Context) -> None:
@@ -280,61 +278,12 @@ def samples_have_prompts(context: Context) -> None:
     prompts = sampling.sample_prompts
     if wish and prompts is None:
         raise ConfigError(f"{context.said(wish)} needs sample_prompts: give a prompt file or a prompt")
-    if prompts is None:
-        return
-    if not wish:
-        context.notices.advice.append(
-            "sample_prompts is given, but no sample is drawn: "
-            "set sample_every_n_steps or sample_every_n_epochs"
-        )
+    if prompts is None or not wish:
         return
     is_name = "\n" not in prompts and prompts.lower().endswith(PROMPT_FILES)
     if is_name and not (path := local_path(prompts)).is_file():
         raise ConfigError(f"{context.said('sample_prompts')}: there is no such file{files_near(path)}")
 
-
-def defaults_suit_flux(context: Context) -> None:
-    """Kohya's defaults that hurt on FLUX keep their meaning and are named with the recommended value."""
-    for name, recommended in RECOMMENDED.items():
-        if not context.given(name):
-            default = OPTIONS[name].row.default
-            context.notices.advice.append(
-                f"{name} is not given and stays at {default}; {recommended} is recommended for FLUX"
-            )
-    objective = context.config.objective
-    if objective.timestep_sampling in ("shift", "sigma") and not context.given("discrete_flow_shift"):
-        context.notices.advice.append(
-            "discrete_flow_shift is not given and stays at 3.0; 3.1582 is recommended for FLUX"
-        )
-    if context.config.model.apply_t5_attn_mask:
-        context.notices.advice.append(
-            f"{context.said('apply_t5_attn_mask')}: ComfyUI and diffusers draw without this mask, so pictures may "
-            "differ there from the samples drawn here"
-        )
-
-
-def learning_rate_is_meant(context: Context) -> None:
-    """The default of 2e-6 trains almost nothing; adaptive optimizers want about 1."""
-    optimizer = context.config.optimizer
-    adaptive = any(name in optimizer.optimizer_type.lower() for name in ADAPTIVE_OPTIMIZERS)
-    if not context.given("learning_rate") and optimizer.unet_lr is None:
-        value = (
-            "1.0 is recommended with " + optimizer.optimizer_type if adaptive else "1e-4 is usual for a LoRA"
-        )
-        context.notices.advice.append(f"learning_rate is not given and stays at 2e-06; {value}")
-    network = context.config.network
-    if not (network.network_train_unet_only or context.given("text_encoder_lr")):
-        context.notices.advice.append(
-            "CLIP-L is trained as well, with learning_rate; set "
-            "network_train_unet_only to train the transformer alone"
-        )
-
-
-RECOMMENDED = {
-    "guidance_scale": "1.0",
-    "timestep_sampling": "shift or flux_shift",
-    "model_prediction_type": "raw",
-}
 
 RULES = (
     network_module_is_for_flux,
@@ -357,6 +306,4 @@ RULES = (
     backend_exists,
     start_is_given_once,
     samples_have_prompts,
-    defaults_suit_flux,
-    learning_rate_is_meant,
 )

@@ -29,9 +29,10 @@ def secrets_stay_secret(context: Context) -> None:
     for name in sorted(SECRETS):
         if context.sources.get(name) == COMMAND_LINE:
             safer = {"wandb_api_key": "WANDB_API_KEY", "huggingface_token": "HF_TOKEN"}[name]
-            context.notices.advice.append(
+            context.advise(
+                "secrets-on-command-line",
                 f"--{name} on the command line can be read by others on this machine; "
-                f"the environment variable {safer} cannot"
+                f"the environment variable {safer} cannot",
             )
 
 

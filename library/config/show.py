@@ -5,35 +5,38 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from library.config.effects import effect_of
 from library.config.load import LoadedConfig
 from library.config.options import SECRETS
 from library.config.toml_file import toml_value
 from library.config.train_config import OPTIONS
 from library.errors import ConfigError
 
-NOT_WRITTEN = SECRETS | {"config_file", "output_config", "dry_run", "strict_config"}
+NOT_WRITTEN = SECRETS | {"config_file", "output_config", "dry_run", "dry_run_json", "strict_config"}
 
 
 class ResolvedOption(NamedTuple):
     """One line of what --dry_run prints."""
 
+    section: str
     name: str
     value: str
     source: str
-    effect: str  # "used", "none" or "refused"
+    state: str  # "used", "none" or "refused"
+    effect: str  # what it makes the run do, in words; "" if nothing is asked of it
 
 
 def resolved_table(loaded: LoadedConfig) -> list[ResolvedOption]:
-    """Every option with its value, its source and whether it has an effect. Secrets are masked."""
-    return [
-        ResolvedOption(
-            name=name,
-            value="***" if name in SECRETS and value else _shown(value),
-            source=loaded.sources[name],
-            effect=OPTIONS[name].row.effect.state,
+    """Every option with its value, its source and its effect, by section. Secrets are masked."""
+    rows = []
+    for name, value in loaded.config.flat().items():
+        shown = "***" if name in SECRETS and value else _shown(value)
+        item = OPTIONS[name]
+        effect = effect_of(name, shown, loaded.config)
+        rows.append(
+            ResolvedOption(item.section, name, shown, loaded.sources[name], item.row.effect.state, effect)
         )
-        for name, value in loaded.config.flat().items()
-    ]
+    return rows
 
 
 def _shown(value: object) -> str:
@@ -42,8 +45,8 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return ", ".join(str(item) for item in value)
-    return str(value)
+        return ", ".join(_shown(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def output_config(loaded: LoadedConfig) -> tuple[Path, str]:

@@ -25,7 +25,7 @@ from library.optim.schedules import Schedule
 from library.train.caching import image_encoder
 from library.train.checkpoint import SavedRun
 from library.train.loading import ModelLoader
-from library.train.prepare import Data
+from library.train.prepare import Data, trains_text
 from library.train.resume import Resumable
 from library.train.state import TrainState
 from networks import plugins
@@ -167,12 +167,6 @@ def compile_blocks(transformer: Flux, backend: str) -> None:
     """Compile each block on its own: blocks of a class share one compilation, and buckets stay dynamic outside."""
     for block in (*transformer.double_blocks, *transformer.single_blocks):
         block.compile(backend=backend)
-
-
-def trains_text(config: TrainConfig) -> bool:
-    """Whether a text encoder is trained: not if its learning rates are all 0."""
-    rates = config.optimizer.text_encoder_lr
-    return not config.network.network_train_unet_only and (not rates or any(rate > 0 for rate in rates))
 
 
 def _place(network: NetworkHandle, config: TrainConfig, device: torch.device) -> None:

@@ -144,8 +144,8 @@ def progress_bar(what: str, console: Console | None) -> Iterator[Callable[[int, 
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(what, total=None, visible=False)  # a pass may have nothing to do
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def image_encoder(

@@ -200,3 +200,9 @@ def start_step(config: TrainConfig, plan: Plan) -> int:
             "raise max_train_steps or max_train_epochs, or lower initial_step or initial_epoch"
         )
     return step
+
+
+def trains_text(config: TrainConfig) -> bool:
+    """Whether a text encoder is trained: not if its learning rates are all 0."""
+    rates = config.optimizer.text_encoder_lr
+    return not config.network.network_train_unet_only and (not rates or any(rate > 0 for rate in rates))

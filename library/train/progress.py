@@ -9,6 +9,7 @@ from collections import deque
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from library.train.state import TrainState
 from library.train.trainer import StepReport
@@ -34,12 +35,12 @@ class ProgressListener:
     def on_start(self, state: TrainState) -> TrainState:
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("steps"),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
                 console=self._console,
+                expand=True,
             )
             self._task = self._bar.add_task(
                 "steps", total=self._total, completed=state.step, numbers="starting"
@@ -51,7 +52,7 @@ class ProgressListener:
         self._recent.append((report.seconds, report.samples))
         if self._bar is not None:
             self._bar.update(self._task, completed=state.step, numbers=self._numbers(state))
-        elif state.step == 1 or state.step % max(1, self._total // LINES_PER_RUN) == 0 or self._is_late():
+        elif state.step == 1 or state.step % -(-self._total // LINES_PER_RUN) == 0 or self._is_late():
             self._last_line = time.monotonic()
             logger.info("step %d/%d  %s", state.step, self._total, self._numbers(state))
         return state
@@ -83,5 +84,5 @@ class ProgressListener:
             f"{samples / seconds:.1f} img/s",
         ]
         if torch.cuda.is_available():
-            parts.append(f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+            parts.append(f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB peak")
         return "  ".join(parts)

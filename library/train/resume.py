@@ -72,6 +72,11 @@ def first_state(
             session_id=int(backend.agree(random.randint(0, 2**32))),
             started_at=float(backend.agree(time.time())),
         )
+    return continued_state(plan, saved, seed=seed)
+
+
+def continued_state(plan: Plan, saved: SavedRun, *, seed: int) -> TrainState:
+    """The state in which `saved` goes on with `plan`. Raises NothingToDo if it is complete."""
     state = replace(saved.state, seed=seed)
     if state.plan_fingerprint != plan.fingerprint():
         # Another dataset or batch: the epochs done stay done, the rest of the one in hand is planned anew.

@@ -6,6 +6,7 @@ Everything cheap comes first, so that what is wrong is said before anything larg
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from library.adapters.base import ModelAdapter
 from library.config.load import LoadedConfig
+from library.config.notices import refuse
 from library.config.prompts import SamplePrompt
 from library.config.show import output_config
 from library.config.train_config import TrainConfig
@@ -26,17 +28,23 @@ from library.distributed.precision import DTYPES
 from library.errors import Interrupted
 from library.files.atomic import write_text
 from library.flow.objective import Objective
-from library.log import setup_logging
+from library.log import quiet, setup_logging
 from library.models.tokenizers import FluxTokenizers
+from library.preflight.caches import caches
+from library.preflight.forecast import forecast
+from library.preflight.lints import advice
+from library.preflight.report import Report, write_report
+from library.preflight.start import say_start
+from library.preflight.tables import print_report
 from library.train.build import Job, Trained, build_adapter, build_trained, check_parts, wanted_prompts
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.contact_sheets import FOLDER, show_dataset
-from library.train.describe import show_plan, show_result, show_start
+from library.train.describe import show_result
 from library.train.facts import MetadataWriter
 from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
 from library.train.prepare import Data, check_swap, locate_models, read_data, start_step
-from library.train.resume import capture, choose_seed, first_state, restore, resumed_run
+from library.train.resume import capture, choose_seed, continued_state, first_state, restore, resumed_run
 from library.train.saving import Saver
 from library.train.signals import StopRequest
 from library.train.trackers import check as check_trackers
@@ -61,32 +69,48 @@ def run(loaded: LoadedConfig) -> None:
         file=config.logging.console_log_file if launched_rank() == 0 else None,
         simple=config.logging.console_log_simple,
     )
-    say(loaded.notices)
     if config.run.dry_run:
         dry_run(loaded)
         return
+    say(loaded.notices)
     if config.dataset.debug_dataset:
         debug_dataset(config)
         return
     with connected(config) as backend:
-        train(prepare(config, backend, console))
+        train(prepare(loaded, backend, console))
 
 
 def dry_run(loaded: LoadedConfig) -> None:
-    """Check config and data and print the plan; no model is loaded."""
+    """Check config and data and tell what the run would do; no model is loaded."""
+    if launched_rank() != 0:
+        return
     config = loaded.config
     files = locate_models(config.model)
     check_swap(config.memory, files)
-    say(check_parts(config))
     check_trackers(config.logging)
     check_hub(config.saving)
+    notices = [*loaded.notices, *check_parts(config)]
     prompts = wanted_prompts(config)
-    data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
-    say(data.notices)
-    with_trigger(prompts, data, ModelLoader(config, files).local_tokenizers)
-    start_step(config, data.plan)
-    if launched_rank() == 0:
-        show_plan(loaded, files, data, Console())
+    loader = ModelLoader(config, files)
+    saved = resumed_run(config)
+    given, world_size = config.training.seed, launched_world_size()
+    seed = given if given is not None else saved.state.seed if saved else 0
+    data = read_data(config, seed=seed, world_size=world_size)
+    start = continued_state(data.plan, saved, seed=seed).step if saved else start_step(config, data.plan)
+    prompts, doubtful = with_trigger(prompts, data, loader.local_tokenizers)
+    found = caches(config, loader, data)
+    with quiet(logging.INFO):
+        expected = forecast(
+            config, files, data, prompts=prompts, caches=found, world_size=world_size, first_step=start
+        )  # fmt: skip
+    notices += [*data.notices, *doubtful, *advice(loaded, files, data, expected)]
+    report = Report(loaded, expected, tuple(notices))
+    if config.run.dry_run_json is not None:
+        write_report(report, config.run.dry_run_json)
+    if config.run.dry_run_json != "-":
+        print_report(report)
+    if config.run.strict_config:
+        refuse(notices)
 
 
 def debug_dataset(config: TrainConfig) -> None:
@@ -98,8 +122,9 @@ def debug_dataset(config: TrainConfig) -> None:
         show_dataset(data, config.caching, config.saving.output_dir / FOLDER, Console())
 
 
-def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
-    """Check everything, find where the run begins, cache what is to be cached."""
+def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
+    """Check everything, find where the run begins, say what it will do, cache what is to be cached."""
+    config = loaded.config
     saved = resumed_run(config)
     seed = choose_seed(config, saved, backend)
     files = locate_models(config.model)
@@ -109,12 +134,20 @@ def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
     check_hub(config.saving)
     prompts = wanted_prompts(config)
     data = read_data(config, seed=seed, world_size=backend.world.size)
-    say(data.notices)
     state = first_state(config, data.plan, saved, seed=seed, backend=backend)
-    if backend.world.is_main:
-        open_repository(config.saving)
     loader = ModelLoader(config, files)
-    prompts = with_trigger(prompts, data, loader.any_tokenizers)
+    prompts, doubtful = with_trigger(prompts, data, loader.any_tokenizers)
+    if backend.world.is_main:
+        with quiet(logging.WARNING):  # all of it is said when the network is built to be trained
+            expected = forecast(
+                config, files, data, prompts=prompts, caches=(), world_size=backend.world.size, first_step=state.step
+            )  # fmt: skip
+        notices = (*data.notices, *doubtful, *advice(loaded, files, data, expected))
+        if config.run.strict_config:
+            refuse(notices)
+        say(notices)
+        say_start(expected, device=backend.world.device.type)
+        open_repository(config.saving)
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
     data = phase.latents(data)
     data, conditions = phase.text(data, prompt_texts(prompts))
@@ -126,14 +159,13 @@ def prepare(config: TrainConfig, backend: Backend, console: Console) -> Job:
 
 def with_trigger(
     prompts: tuple[SamplePrompt, ...], data: Data, tokenizers: Callable[[], FluxTokenizers | None]
-) -> tuple[SamplePrompt, ...]:
-    """The prompts with the trigger word in its place; says what is doubtful about it."""
+) -> tuple[tuple[SamplePrompt, ...], tuple[str, ...]]:
+    """The prompts with the trigger word in its place, and what is doubtful about it."""
     words = trigger_words(data.datasets)
     filled, notices = fill_prompts(prompts, words)
-    say(notices)
     if words and (found := tokenizers()) is not None:
-        say(doubts(words, found))
-    return filled
+        notices = (*notices, *doubts(words, found))
+    return filled, notices
 
 
 def train(job: Job) -> Trained:
@@ -156,13 +188,13 @@ def train(job: Job) -> Trained:
         uploader=Uploader(folder, background=config.saving.async_upload) if folder is not None else None,
     )
     stop = StopRequest()
-    show_start(job)
     objective = Objective(config.objective)
     with build_listeners(job, trained, saver, adapter=adapter, objective=objective) as listeners:
         trainer = build_trainer(
             job, trained, module=module, adapter=adapter, listeners=listeners, should_stop=stop
         )
         stop.install()
+        began = time.monotonic()
         finished = trainer.run(batches(job))
     if not finished:
         left = saver.interrupted(trainer.state)
@@ -173,7 +205,7 @@ def train(job: Job) -> Trained:
             "go on with --resume auto"
         )
     saver.finish()
-    show_result(saver.written)
+    show_result(saver.written, steps=trainer.state.step - job.state.step, seconds=time.monotonic() - began)
     return trained
 
 

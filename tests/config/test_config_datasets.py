@@ -72,10 +72,10 @@ def test_cached_captions_that_change_are_told_once(resolve):
     options = {"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True}
     resolve(dataset("shuffle_caption = true"), notices=notices, **options, text_cache_variants=5)
     assert notices.advice == [
-        "text encoder outputs are cached, so an image has 5 captions at most by shuffle_caption; "
-        "text_cache_variants changes that",
-        "each seed draws other captions by shuffle_caption, and seed is not given: give one, and the next run "
-        "finds its text encoder outputs cached",
+        "[caption-variants] text encoder outputs are cached, so an image has 5 captions at most by "
+        "shuffle_caption; text_cache_variants changes that",
+        "[caption-variants-seed] each seed draws other captions by shuffle_caption, and seed is not given: give "
+        "one, and the next run finds its text encoder outputs cached",
     ]
     quiet = Notices()
     resolve(dataset("caption_dropout_rate = 0.5"), notices=quiet, **options)

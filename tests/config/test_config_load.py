@@ -7,6 +7,7 @@ import pytest
 import toml
 
 from library.config.load import load_config
+from library.config.notices import code_of
 from library.config.show import output_config, resolved_table
 from library.config.toml_file import key_lines
 from library.config.train_config import OPTIONS
@@ -157,9 +158,12 @@ def test_unknown_keys_are_listed_once(write):
     assert "strict_config" in refusal(write("hires = 35\n"), "--strict_config")
 
 
-def test_strict_config_lets_advice_pass():
-    loaded = load_config([*ARGUMENTS, "--strict_config"])
-    assert any("guidance_scale is not given" in notice for notice in loaded.notices)
+def test_strict_config_refuses_advice_too_unless_it_is_ignored():
+    with pytest.raises(ConfigError, match=r"\[flux-guidance\] guidance_scale is not given"):
+        load_config([*ARGUMENTS, "--strict_config"])
+    codes = [code_of(notice) for notice in load_config(ARGUMENTS).notices]
+    assert "flux-guidance" in codes
+    assert load_config([*ARGUMENTS, "--strict_config", "--ignore_advice", ",".join(codes)]).notices == ()
 
 
 def test_a_key_given_twice_counts_later_and_says_so(write):
@@ -349,7 +353,10 @@ def test_output_config_writes_what_differs_and_reads_back(tmp_path):
 def test_resolved_table_has_every_option_and_hides_secrets(write):
     table = {row.name: row for row in resolved_table(load(write("seed = 3\n"), "--wandb_api_key", "secret"))}
     assert set(table) == set(OPTIONS)
-    assert tuple(table["seed"]) == ("seed", "3", "train.toml line 11", "used")
+    assert table["seed"] == (
+        "training", "seed", "3", "train.toml line 11", "used", "decides every random choice",
+    )  # fmt: skip
     assert table["wandb_api_key"].value == "***"
-    assert table["xformers"].effect == "none"
+    assert table["xformers"].state == "none"
+    assert table["xformers"].effect.startswith("none: attention is always")
     assert table["max_train_epochs"].value == "-"

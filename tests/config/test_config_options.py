@@ -28,7 +28,8 @@ from library.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 KOHYA = {row["dest"]: row for row in json.loads((ROOT / "tests/data/config/kohya_options.json").read_text())}
-OURS = {"global_batch_size", "dry_run", "strict_config", "text_cache_variants", "trigger_word"}
+OURS = {"global_batch_size", "dry_run", "dry_run_json", "strict_config", "ignore_advice"}
+OURS |= {"text_cache_variants", "trigger_word"}
 # The type that Kohya's parser declares for options of each of our types.
 KOHYA_TYPES = {
     "bool": "bool",
@@ -231,12 +232,18 @@ def test_every_used_option_is_read_somewhere(repository):
     """An option that says it is used is read outside the modules that declare, check and print options."""
     files = [repository / "flux_train_network.py"]
     files += [path for top in ("library", "networks") for path in (repository / top).rglob("*.py")]
-    read = attributes(path for path in files if "config" not in path.relative_to(repository).parts)
+    aside = {"config", "preflight"}
+    read = attributes(path for path in files if not aside & set(path.relative_to(repository).parts))
     # A dataset's settings fall back on options; where data comes from is settled when they are resolved.
     read |= {key.fallback for name, key in KEYS.items() if name in read}
     read |= attributes([repository / "library/config/datasets.py"])
     read |= {rule.option for rule in IMPLICATIONS if rule.target in read}
-    elsewhere = {"config_file", "strict_config", "output_config"}  # acted on while options are read
+    elsewhere = {
+        "config_file",
+        "strict_config",
+        "output_config",
+        "ignore_advice",
+    }  # acted on while options are read
     one_value = {"model_type"}  # another value than the one that holds anyway is refused
     used = {name for name, row in OPTIONS.items() if row.row.effect.state == "used"}
     assert used - read - elsewhere <= one_value

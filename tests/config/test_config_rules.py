@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from library.config.advice import MEANINGS, advice_markdown
+from library.config.effects import PHRASES
 from library.config.load import load_config
+from library.config.notices import code_of
 from library.config.show import resolved_table
 from library.config.train_config import OPTIONS
 from library.errors import ConfigError
@@ -142,22 +145,86 @@ def test_the_allowed_neighbours_of_refused_configs(changes):
             {"huggingface_repo_id": "me/x", "huggingface_token": "hf_x"},
             "the environment variable HF_TOKEN cannot",
         ),
-        ({"mixed_precision": "fp16"}, "bf16 is recommended"),
-        ({"sample_prompts": "a"}, "no sample is drawn"),
-        ({"apply_t5_attn_mask": ""}, "ComfyUI and diffusers draw without this mask"),
-        ({"guidance_scale": None}, "guidance_scale is not given and stays at 3.5; 1.0 is recommended"),
-        ({"timestep_sampling": None}, "stays at sigma; shift or flux_shift is recommended"),
-        ({"model_prediction_type": None}, "stays at sigma_scaled; raw is recommended"),
-        ({"discrete_flow_shift": None}, "stays at 3.0; 3.1582 is recommended"),
-        ({"learning_rate": None}, "stays at 2e-06; 1e-4 is usual"),
-        ({"learning_rate": None, "optimizer_type": "Prodigy"}, "1.0 is recommended with Prodigy"),
-        ({"network_train_unet_only": None}, "CLIP-L is trained as well"),
+        ({"clip_skip": "2"}, "No effect: clip_skip"),
     ],
 )
 def test_what_is_worth_saying_is_said_once(changes, message):
     notices = load_config(words(**changes)).notices
     assert len(notices) == 1
     assert message in notices[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"mixed_precision": "fp16"}, "flux-fp16", "recommended: bf16"),
+        ({"sample_prompts": "a"}, "samples-never", "no sample is drawn"),
+        ({"guidance_scale": None}, "flux-guidance", "guidance_scale is not given and stays at 3.5"),
+        ({"timestep_sampling": None}, "flux-timesteps", "recommended: shift or flux_shift"),
+        ({"model_prediction_type": None}, "flux-prediction", "stays at sigma_scaled"),
+        ({"discrete_flow_shift": None}, "flux-shift", "recommended: 3.1582"),
+        ({"learning_rate": None}, "learning-rate-default", "recommended: 1e-4 for a LoRA"),
+        (
+            {"learning_rate": None, "optimizer_type": "Prodigy"},
+            "learning-rate-default",
+            "recommended: 1.0 with Prodigy",
+        ),
+        ({"optimizer_type": "Prodigy"}, "learning-rate-adaptive", "--learning_rate 0.0001 (command line)"),
+        (
+            {"pretrained_model_name_or_path": "folder", "learning_rate": "0.01"},
+            "learning-rate-high",
+            "likely to diverge",
+        ),
+        (
+            {"pretrained_model_name_or_path": "folder", "unet_lr": "1e-7"},
+            "learning-rate-low",
+            "--unet_lr 1e-07 (command line)",
+        ),
+        ({"network_train_unet_only": None}, "clip-l-trained", "CLIP-L is trained as well"),
+        ({"text_encoder_lr": "1e-5"}, "text-encoder-lr-unused", "remove one of them"),
+    ],
+)
+def test_advice_has_a_code_by_which_it_is_silenced(changes, code, message):
+    (notice,) = load_config(words(**changes)).notices
+    assert code_of(notice) == code
+    assert message in notice
+    assert load_config(words(**changes, ignore_advice=f"{code} flux-fp16")).notices == ()
+
+
+def test_an_adaptive_optimizer_at_one_is_fine():
+    assert load_config(words(optimizer_type="Prodigy", learning_rate="1.0")).notices == ()
+
+
+def test_a_code_that_is_none_is_refused():
+    with pytest.raises(
+        ConfigError, match="'flux-guidence' is not a code of advice; did you mean 'flux-guidance'"
+    ):
+        load_config(words(ignore_advice="flux-guidence"))
+
+
+def test_every_code_is_explained_and_used(repository):
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in (repository / "library").rglob("*.py")
+        if path.name != "advice.py"
+    )
+    assert [name for name in MEANINGS if f'"{name}"' not in code] == []
+    assert (repository / "docs/advice.md").read_text(encoding="utf-8") == advice_markdown(), (
+        "run python -m tools.write_options"
+    )
+
+
+def test_phrases_are_of_options_that_do_something():
+    assert {name for name in PHRASES if OPTIONS[name].row.effect.state != "used"} == set()
+    options = {"network_dim": "16", "network_alpha": "16", "lr_warmup_steps": "10%", "lr_scheduler": "cosine"}
+    loaded = load_config(words(**options, max_train_epochs="1"))
+    said = {row.name: row.effect for row in resolved_table(loaded)}
+    assert said["network_alpha"] == "what the network adds is scaled by alpha / dim = 1"
+    assert said["lr_warmup_steps"] == "the rate rises over 10% of the run"
+    assert said["max_train_epochs"] == "stops after 1 epoch"
+    assert said["max_train_steps"] == "not used: max_train_epochs decides"
+    assert said["huber_c"] == "not used by this loss_type"
+    assert said["enable_bucket"] == "off"
 
 
 def test_a_dataset_file_wins_over_folders(tmp_path):

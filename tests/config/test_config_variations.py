@@ -69,8 +69,8 @@ MEANT = [
         {"ae": None, "network_args": (), "text_encoder_lr": None, "caption_extension": ".caption"},
         [],
     ),
-    ("text_encoder_lr = [0, 1e-5]\n", {"text_encoder_lr": (0.0, 1e-5)}, []),
-    ("text_encoder_lr = '5e-5, 1e-5'\n", {"text_encoder_lr": (5e-5, 1e-5)}, []),
+    ("text_encoder_lr = [0, 1e-5]\n", {"text_encoder_lr": (0.0, 1e-5)}, ["[text-encoder-lr-unused]"]),
+    ("text_encoder_lr = '5e-5, 1e-5'\n", {"text_encoder_lr": (5e-5, 1e-5)}, ["[text-encoder-lr-unused]"]),
     (
         "network_args = 'train_blocks=single split_qkv=True'\n",
         {"network_args": ("train_blocks=single", "split_qkv=True")},

@@ -116,7 +116,7 @@ def test_sections_and_comments_in_chinese_with_dataset_and_prompts(desk, capsys)
         desk.file(f"train/{name}.toml"), capsys, "--blocks_to_swap", "0", "--dataset_config",
         str(desk.file("dataset/cursoragent_flux1.toml")),
     )  # fmt: skip
-    assert "images                   2, with repeats 16" in printed
+    assert re.search("images +2 used, 16 an epoch with repeats", printed)
 
 
 def test_batch_size_is_train_batch_size(desk, capsys):
@@ -124,7 +124,8 @@ def test_batch_size_is_train_batch_size(desk, capsys):
     assert loaded.config.dataset.train_batch_size == 1
     assert loaded.sources["train_batch_size"].startswith("persona_generator_partial.toml [training] line")
     assert said(loaded, "batch_size is taken as train_batch_size; Kohya's trainer ignores it")
-    assert "total steps              200" in dry_run(desk.folder / "persona_generator_partial.toml", capsys)
+    printed = dry_run(desk.folder / "persona_generator_partial.toml", capsys)
+    assert re.search("total steps +200\n", printed)
 
 
 def test_it_trains(desk, capsys):
@@ -237,7 +238,7 @@ def test_blank_lists_are_empty_and_num_repeats_needs_a_place(desk, capsys):
     )  # fmt: skip
     assert said(loaded, "num_repeats (the names of the folders, N_name, say it)", "num_prompts (")
     assert load_prompts(loaded.config.sampling.sample_prompts).prompts[0].width == 64
-    assert "with repeats 20" in dry_run(
+    assert "20 an epoch with repeats" in dry_run(
         desk.folder / f"{name}.toml", capsys, "--train_data_dir", str(desk.images), "--resolution", "1024"
     )
     loaded = desk.load(name, dataset_config=desk.dataset)
@@ -257,7 +258,7 @@ def test_fp16_with_inductor_and_t5(desk, capsys):
     printed = dry_run(
         desk.folder / "heredoc_fp16_inductor_t5.toml", capsys, "--train_data_dir", str(desk.images)
     )
-    assert "trainable parameters" in printed
+    assert re.search("parameters +[0-9,]+ trained", printed)
 
 
 def test_invented_keys_prodigyopt_and_a_list_of_prompts(desk, capsys):

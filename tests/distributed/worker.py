@@ -12,9 +12,9 @@ from library.config.load import load_config
 from library.train.setup import connected, prepare, train
 
 if __name__ == "__main__":
-    config = load_config(["--config_file", sys.argv[1]]).config
-    with connected(config) as backend:
-        trained = train(prepare(config, backend, Console(stderr=True)))
+    loaded = load_config(["--config_file", sys.argv[1]])
+    with connected(loaded.config) as backend:
+        trained = train(prepare(loaded, backend, Console(stderr=True)))
         own = {
             name: parameter.detach().clone() for name, parameter in trained.network.module.named_parameters()
         }

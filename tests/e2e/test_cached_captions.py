@@ -125,7 +125,7 @@ def test_a_run_with_every_option_trains_and_names_its_trigger_word(tmp_path, pic
     )  # fmt: skip
     assert main(["--config_file", str(config), "--dry_run"]) == 0
     printed = capfd.readouterr().out
-    assert re.search(r"text encoder outputs +\d+, \d+\.\d MB on disk", printed)
+    assert re.search(r"text encoder outputs +0 of \d+ there, \d+ to encode, \d+\.\d MB to write", printed)
     assert not list(pictures.rglob("*.npz"))
     assert main(["--config_file", str(config)]) == 0
     said = " ".join(capfd.readouterr().err.split())

@@ -158,6 +158,6 @@ def test_two_ranks_read_one_config_and_say_it_once(tmp_path: Path, pictures: Pat
         "no",
     ]
     done = run(path, *out, *MODELS, "--dry_run", processes=2)
-    assert done.stderr.count("is read as a config of Replicate") == 1
+    assert done.stdout.count("is read as a config of Replicate") == 1
     assert done.stdout.count("total steps") == 1
     assert len(list((tmp_path / "out" / "images").iterdir())) == 1

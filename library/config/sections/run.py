@@ -19,4 +19,21 @@ class RunConfig:
     dry_run: bool = option(
         False, "check everything, print the resolved options and the plan, and stop", ours=True
     )
-    strict_config: bool = option(False, "treat ignored keys and options without effect as errors", ours=True)
+    dry_run_json: str | None = option(
+        None, "write the dry run as JSON to this file, - for the screen; implies dry_run", ours=True
+    )
+    strict_config: bool = option(
+        False, "treat everything there is to say about a config as an error", ours=True
+    )
+    ignore_advice: tuple[str, ...] = option(
+        (),
+        "codes of advice not to give, such as flux-guidance,flux-shift; docs/advice.md lists them",
+        ours=True,
+    )
+
+    @property
+    def ignored_codes(self) -> frozenset[str]:
+        """The codes of ignore_advice, given as several words, with commas, or both."""
+        return frozenset(
+            code.strip() for text in self.ignore_advice for code in text.split(",") if code.strip()
+        )

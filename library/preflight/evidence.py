@@ -1,0 +1,25 @@
+"""What a lint looks at: options, model files by their headers, data, forecast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.config.rule_context import Context
+from library.preflight.facts import Forecast
+from library.train.prepare import Data, ModelFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that is known before a model is loaded. `context` takes what there is to say."""
+
+    context: Context
+    files: ModelFiles
+    data: Data
+    forecast: Forecast
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,151 @@
+"""Which files a run will write when, how large, how long they stay, and whether they fit on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from library.config.prompts import SamplePrompt
+from library.config.sections.sampling import SamplingConfig
+from library.config.train_config import TrainConfig
+from library.data.plan import Plan
+from library.preflight.facts import CacheFacts, DiskFacts, FileFacts, TrainedFacts
+from library.train.checkpoint import STATE_SUFFIX
+from library.train.naming import SavePoint, epoch_save, last_stem, save_every_n_epochs, step_save
+
+
+def files_to_write(
+    config: TrainConfig,
+    plan: Plan,
+    trained: TrainedFacts,
+    prompts: Sequence[SamplePrompt],
+    *,
+    first_step: int,
+) -> tuple[FileFacts, ...]:
+    """Everything that goes to output_dir after `first_step`, in the order it is written."""
+    files = _saved(config, plan, trained, first_step)
+    if prompts:
+        times = sample_times(config.sampling, plan, first_step)
+        files += [_samples(config, prompts, step, epoch) for step, epoch in times]
+    return tuple(sorted(files, key=lambda file: file.step))
+
+
+def sample_times(config: SamplingConfig, plan: Plan, first_step: int) -> Iterator[tuple[int, int | None]]:
+    """When samples are drawn: (step, epoch), with None where it is not an epoch's end."""
+    if config.sample_at_first and first_step == 0:
+        yield 0, None
+    if config.sample_every_n_epochs:
+        for epoch, step in epoch_ends(plan):
+            if epoch % config.sample_every_n_epochs == 0 and step > first_step:
+                yield step, epoch
+    elif config.sample_every_n_steps:
+        yield from (
+            (step, None) for step in _multiples(config.sample_every_n_steps, first_step, plan.total_steps)
+        )
+
+
+def epoch_ends(plan: Plan) -> Iterator[tuple[int, int]]:
+    """(epoch from 1, step at its end); the last epoch ends with the run."""
+    for epoch in range(1, plan.num_epochs + 1):
+        yield epoch, min(epoch * plan.steps_per_epoch, plan.total_steps)
+
+
+def peak_bytes(files: Iterable[FileFacts]) -> int:
+    """The most that `files` take at one time beside what their names hold now: old ones go after new ones are there."""
+    present = peak = 0
+    changes = [(file.step, 0, file.bytes) for file in files]
+    changes += [(file.removed_at, 1, -file.bytes) for file in files if file.removed_at is not None]
+    for _, _, change in sorted(changes):
+        present += change
+        peak = max(peak, present)
+    return peak
+
+
+def disks(
+    output_dir: Path, files: Sequence[FileFacts], caches: Sequence[CacheFacts]
+) -> tuple[DiskFacts, ...]:
+    """Space needed and free, by disk."""
+    needed, folders = Counter[int](), dict[int, Path]()
+    amounts = [(output_dir, peak_bytes(files))]
+    amounts += [(folder, size) for cache in caches for folder, size in cache.bytes_by_folder]
+    for folder, size in amounts:
+        place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        device = os.stat(place).st_dev
+        folders.setdefault(device, place)
+        needed[device] += size
+    return tuple(
+        DiskFacts(folders[d], size, shutil.disk_usage(folders[d]).free) for d, size in needed.items()
+    )
+
+
+def _saved(config: TrainConfig, plan: Plan, trained: TrainedFacts, first_step: int) -> list[FileFacts]:
+    """Network files and states, with the step at which each is retired."""
+    saving, files = config.saving, dict[Path, FileFacts]()
+
+    def write(file: FileFacts, retires: str | None = None) -> None:
+        files[file.path] = file
+        old = file.path.with_name(f"{retires}{_ending(config, file.kind)}")
+        if retires and old in files:
+            files[old] = replace(files[old], removed_at=file.step)
+
+    for step, epoch, point in save_points(config, plan, first_step):
+        write(_file(config, trained, "network", point.stem, step, epoch), point.retires_model)
+        if saving.save_state:
+            write(_file(config, trained, "state", point.stem, step, epoch), point.retires_state)
+    last, total, epochs = last_stem(saving.output_name), plan.total_steps, plan.num_epochs
+    if saving.save_state or saving.save_state_on_train_end:
+        write(_file(config, trained, "state", last, total, epochs))
+    write(_file(config, trained, "network", last, total, epochs))
+    return list(files.values())
+
+
+def _file(
+    config: TrainConfig, trained: TrainedFacts, kind: str, stem: str, step: int, epoch: int | None
+) -> FileFacts:
+    assert config.saving.output_dir is not None, "checked by the config rules"
+    path = config.saving.output_dir / (stem + _ending(config, kind))
+    size = trained.network_bytes if kind == "network" else trained.state_bytes
+    return FileFacts(path=path, kind=kind, step=step, epoch=epoch, bytes=size, exists=path.exists())
+
+
+def _ending(config: TrainConfig, kind: str) -> str:
+    return f".{config.saving.save_model_as or 'safetensors'}" if kind == "network" else STATE_SUFFIX
+
+
+def save_points(
+    config: TrainConfig, plan: Plan, first_step: int
+) -> Iterator[tuple[int, int | None, SavePoint]]:
+    """(step, epoch, what is saved) of every save before the final one."""
+    saving = config.saving
+    due: list[tuple[int, int, int | None, SavePoint]] = []
+    if saving.save_every_n_steps:
+        for step in _multiples(saving.save_every_n_steps, first_step, plan.total_steps):
+            point = step_save(saving, step=step)
+            assert point is not None
+            due.append((step, 0, None, point))
+    if save_every_n_epochs(saving, plan.num_epochs):
+        for epoch, step in epoch_ends(plan):
+            point = epoch_save(saving, epoch=epoch, num_epochs=plan.num_epochs)
+            if point and step > first_step:
+                due.append((step, 1, epoch, point))
+    yield from ((step, epoch, point) for step, _, epoch, point in sorted(due, key=lambda item: item[:2]))
+
+
+def _samples(config: TrainConfig, prompts: Sequence[SamplePrompt], step: int, epoch: int | None) -> FileFacts:
+    assert config.saving.output_dir is not None
+    name = config.saving.output_name
+    moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+    pattern = f"{f'{name}_' if name else ''}{moment}_*.png"
+    return FileFacts(
+        path=config.saving.output_dir / "sample" / pattern, kind="samples", step=step, epoch=epoch,
+        bytes=sum(prompt.width * prompt.height * 3 for prompt in prompts),
+    )  # fmt: skip
+
+
+def _multiples(every: int, first_step: int, last: int) -> range:
+    """Multiples of `every` after `first_step`, to `last`."""
+    return range((first_step // every + 1) * every, last + 1, every)
