@@ -192,11 +192,12 @@ class NetworkHandle:
         self._methods["prepare_grad_etc"](self._text_encoders, self._transformer)
         rates = list(text_encoder_lr or ()) or [learning_rate]
         returned = self._ask_for_groups(rates, unet_lr, learning_rate)
-        raw, names = returned if isinstance(returned, tuple) else (returned, [])
+        given, names = returned if isinstance(returned, tuple) else (returned, [])
+        raw = list(given)
         groups = []
         for position, group in enumerate(raw):
             rate = group.get("lr", learning_rate)
-            name = names[position] if position < len(names) else f"group {position}"
+            name = names[position] if position < len(names) else self._kohyas_name(position, len(raw))
             params = tuple(parameter for parameter in group["params"] if parameter.requires_grad)
             if params and rate:
                 groups.append(ParameterGroup(name=" ".join(name.split()), params=params, lr=float(rate)))
@@ -206,6 +207,16 @@ class NetworkHandle:
         for parameter in self.module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         return groups
+
+    def _kohyas_name(self, position: int, count: int) -> str:
+        """What Kohya calls a group that its network does not name: text encoders come first where there are any."""
+        with_text = self.trains_clip_l and bool(self._text_encoders)
+        if count == 1:
+            return "unet" if self.trains_transformer else "textencoder"
+        number = position - with_text
+        if number < 0:
+            return "textencoder"
+        return f"group{number}" if count > 2 else "unet"
 
     def _ask_for_groups(self, rates: list[float], unet_lr: float | None, learning_rate: float) -> Any:
         several = self._methods.get("prepare_optimizer_params_with_multiple_te_lrs")
