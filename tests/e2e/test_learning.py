@@ -26,6 +26,7 @@ from networks.interface import create
 from tests.e2e.running import draw_pictures, write_config
 
 CAPTIONS = ("a red apple", "the deep blue sea", "forest in fog", "city lights at night")
+STEPS, RATE = 250, 4e-3
 BETTER = 5.0  # times that the error to a picture's latents falls
 CPU = torch.device("cpu")
 
@@ -49,9 +50,6 @@ def trained_file(folder: Path) -> tuple[Path, ModelLoader, list[Tensor]]:
         with np.load(pictures / f"picture{number}_0064x0064_flux.npz") as cache:
             latents.append(torch.from_numpy(cache["latents_8x8"])[None].float())
     return folder / "out" / "out.safetensors", ModelLoader(options, locate_models(options.model)), latents
-
-
-STEPS, RATE = 200, 3e-3
 
 
 @pytest.fixture(scope="module")
