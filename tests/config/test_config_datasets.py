@@ -12,7 +12,6 @@ from library.config.notices import Notices
 from library.config.train_config import TrainConfig
 from library.errors import ConfigError, DatasetError
 
-
 FOLDERS = json.loads((Path(__file__).parents[1] / "data/config/folder_names.json").read_text())
 
 

@@ -31,7 +31,9 @@ def test_deterministic_cases_are_kohyas(case):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in golden("vectors")["process_caption"] if RANDOM & case["options"].keys()], ids=str
+    "case",
+    [case for case in golden("vectors")["process_caption"] if RANDOM & case["options"].keys()],
+    ids=str,
 )
 def test_random_cases_of_the_reference_are_drawn_here_too(case):
     """Draws differ on purpose; that one of ours gives the recorded text shows that the rules are the same."""

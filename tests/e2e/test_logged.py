@@ -78,7 +78,6 @@ def network_loss(config: Path, file: Path | None) -> float:
         settings=ForwardSettings(guidance_scale=1.0, apply_t5_attn_mask=False, autocast_dtype=None),
     ).eval()  # fmt: skip
 
-
     losses: list[Tensor] = []
     data = read_data(options, seed=7, world_size=1)
     assert data.discovered.validation
@@ -130,7 +129,9 @@ def test_lora_with_validation(tmp_path: Path, pictures: Path):
         assert divergence == pytest.approx(by_step[x] - average[x - 1], rel=1e-4, abs=1e-6)
     config = tmp_path / "c.toml"
     assert by_step[0] == pytest.approx(network_loss(config, None), rel=1e-5)
-    assert by_step[total] == pytest.approx(network_loss(config, tmp_path / "out" / "out.safetensors"), rel=1e-5)
+    assert by_step[total] == pytest.approx(
+        network_loss(config, tmp_path / "out" / "out.safetensors"), rel=1e-5
+    )
     assert by_step[total] != pytest.approx(by_step[0], rel=1e-3)
 
 
@@ -143,6 +144,32 @@ def test_validation_takes_as_many_batches_as_it_is_told(tmp_path: Path, pictures
     assert steps(scalars, "loss/validation/step_average") == [0, 8, 16]
     state = json.loads((tmp_path / "out" / "out-state" / "train_state.json").read_text())
     assert [step for step, _ in state["validation_losses"]] == [0, 8, 16]
+
+
+def test_preserved_pictures_are_validated_by_the_target_they_are_trained_to(tmp_path: Path, pictures: Path):
+    """An untrained network answers as the frozen model does, so nothing is lost; what it learns elsewhere shows."""
+    kept = draw_pictures(tmp_path / "kept", [(64, 64)] * 4)
+    datasets = tmp_path / "d.toml"
+    datasets.write_text(
+        f"""
+        [[datasets]]
+        resolution = 64
+        [[datasets.subsets]]
+        image_dir = "{pictures / "1_waves"}"
+        [[datasets.subsets]]
+        image_dir = "{kept}"
+        validation_split = 0.5
+        custom_attributes = {{ diff_output_preservation = true }}
+        """,
+        encoding="utf-8",
+    )
+    scalars = logged(
+        tmp_path, pictures, dataset_config=str(datasets), train_data_dir=None, learning_rate=1e-3,
+        max_train_epochs=None, max_train_steps=4,
+    )  # fmt: skip
+    first, last = values(scalars, "loss/validation/step_average")
+    assert first < 1e-9
+    assert 1e-5 < last < values(scalars, "loss/average")[-1]
 
 
 def test_lycoris_with_prodigy(tmp_path: Path, pictures: Path):

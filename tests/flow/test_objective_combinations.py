@@ -1,4 +1,4 @@
-"""Every combination of the objective's options against Kohya's formulas, written here a second time in NumPy float64."""
+"""Every combination of the objective's options against Kohya's formulas, written a second time in NumPy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ VISITS = [Visit(f"0/pictures/{name}.png", 1) for name in "abcdef"]
 SAMPLINGS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform")
 PREDICTIONS = ("raw", "additive", "sigma_scaled")
-LOSSES = (("l2", "snr"), ("l1", "snr"), *itertools.product(("huber", "smooth_l1"), ("constant", "exponential")))
+LOSSES = (
+    ("l2", "snr"),
+    ("l1", "snr"),
+    *itertools.product(("huber", "smooth_l1"), ("constant", "exponential")),
+)
 SHIFT, SIGMOID, MEAN, STD, MODE, HUBER_C, HUBER_SCALE = 3.1582, 1.3, 0.2, 1.1, 1.29, 0.15, 1.5
 
 
@@ -93,10 +97,19 @@ def test_all_combinations_are_the_formulas(sampling: str, scheme: str):
     for prediction, (loss, schedule) in itertools.product(PREDICTIONS, LOSSES):
         objective = Objective(
             ObjectiveConfig(
-                timestep_sampling=sampling, weighting_scheme=scheme, model_prediction_type=prediction,
-                loss_type=loss, huber_schedule=schedule, huber_c=HUBER_C, huber_scale=HUBER_SCALE,
-                discrete_flow_shift=SHIFT, sigmoid_scale=SIGMOID, logit_mean=MEAN, logit_std=STD, mode_scale=MODE,
-            )  # fmt: skip
+                timestep_sampling=sampling,
+                weighting_scheme=scheme,
+                model_prediction_type=prediction,
+                loss_type=loss,
+                huber_schedule=schedule,
+                huber_c=HUBER_C,
+                huber_scale=HUBER_SCALE,
+                discrete_flow_shift=SHIFT,
+                sigmoid_scale=SIGMOID,
+                logit_mean=MEAN,
+                logit_std=STD,
+                mode_scale=MODE,
+            )
         )
         draw = objective.draw(latents, VISITS, seed=SEED)
         np.testing.assert_allclose(draw.t.numpy(), wanted, rtol=2e-6)
@@ -108,7 +121,9 @@ def test_all_combinations_are_the_formulas(sampling: str, scheme: str):
                 output.numpy().astype(np.float64), scheme=scheme, prediction=prediction, loss=loss,
                 schedule=schedule, mask=None if given is None else given.numpy().astype(np.float64),
             )  # fmt: skip
-            np.testing.assert_allclose(numbers, expected, rtol=2e-5, err_msg=f"{prediction} {loss} {schedule}")
+            np.testing.assert_allclose(
+                numbers, expected, rtol=2e-5, err_msg=f"{prediction} {loss} {schedule}"
+            )
 
 
 @pytest.mark.parametrize(("given", "rounded"), VECTORS["bf16_timestep_rounding"])
@@ -117,7 +132,9 @@ def test_bf16_training_keeps_the_timestep_that_the_reference_rounds(given: float
     assert torch.tensor(given).bfloat16().item() == rounded
     transformer = Flux(FLUX_PARAMS).bfloat16().requires_grad_(False)
     seen: list[torch.Tensor] = []
-    transformer.register_forward_pre_hook(lambda _, __, named: seen.append(named["timesteps"]), with_kwargs=True)
+    transformer.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["timesteps"]), with_kwargs=True
+    )
     root = FluxTrainModule(
         transformer=transformer, network=torch.nn.Module(), clip_l=None, t5=None,
         settings=ForwardSettings(guidance_scale=1.0, apply_t5_attn_mask=False, autocast_dtype=torch.bfloat16),

@@ -61,6 +61,8 @@ def test_average_is_over_one_epoch():
 def test_falling_ratio_is_last_fifth_over_first_fifth():
     assert falling_ratio([4.0, 4.0, 3, 3, 3, 3, 3, 3, 1.0, 3.0]) == pytest.approx(0.5)
     assert falling_ratio([1.0]) is None
+    assert falling_ratio([]) is None
+    assert falling_ratio([0.0, 1.0]) is None  # nothing to fall from
 
 
 def test_saved_run_reads_back(tmp_path):
@@ -142,7 +144,9 @@ def test_ratio_of_epochs():
 def test_files_are_named_as_the_reference_names_them(index):
     name = (None, "my")[index]
     stems = {"epoch3": epoch_stem(name, 3), "step120": step_stem(name, 120), "last": last_stem(name)}
-    assert stems == {key: files[index].removesuffix(".safetensors") for key, files in NAMES["file_names"].items()}
+    assert stems == {
+        key: files[index].removesuffix(".safetensors") for key, files in NAMES["file_names"].items()
+    }
 
 
 @pytest.mark.parametrize("case", NAMES["removal"], ids=str)
@@ -152,5 +156,8 @@ def test_the_file_that_goes_is_the_one_the_reference_removes(case):
     if "remove_step" in case:
         point, removed = step_save(config, step=case["at"]), step_stem("out", case["remove_step"])
     else:
-        point, removed = epoch_save(config, epoch=case["at"], num_epochs=99), epoch_stem("out", case["remove_epoch"])
+        point, removed = (
+            epoch_save(config, epoch=case["at"], num_epochs=99),
+            epoch_stem("out", case["remove_epoch"]),
+        )
     assert point.retires_model == removed
