@@ -1,4 +1,4 @@
-"""The loss of a run's first step, from the pictures on disk through every option that weighs it, computed a second time.
+"""The loss of a run's first step, from pictures on disk through all that weighs it, computed a second time.
 
 At the first step the network adds nothing, so the frozen model's answer is known; noise and noise level are keyed by
 the pictures' names. Masks are averaged over each cell of 8x8 pixels, and the mean is over all cells, as in Kohya.

@@ -14,7 +14,9 @@ from flux_train_network import main
 from library.files import metadata as rows
 from tests.e2e.running import draw_pictures, write_config
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data/files/kohya_metadata.json").read_text())["shift"]["metadata"]
+GOLDEN = json.loads((Path(__file__).parents[1] / "data/files/kohya_metadata.json").read_text())["shift"][
+    "metadata"
+]
 AS_JSON = ("ss_bucket_info", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_tag_frequency", "ss_datasets")
 
 
@@ -56,7 +58,11 @@ def test_a_run_over_folders_writes_every_key_of_the_reference(tmp_path: Path, pi
     metadata, body = written(tmp_path, pictures)
     assert metadata.keys() == GOLDEN.keys()
     for key, text in metadata.items():
-        if key not in ("sshs_legacy_hash", "ss_sd_model_hash", "ss_new_sd_model_hash"):  # hex, perhaps of digits only
+        if key not in (
+            "sshs_legacy_hash",
+            "ss_sd_model_hash",
+            "ss_new_sd_model_hash",
+        ):  # hex, perhaps of digits only
             assert kind(key, text) == kind(key, GOLDEN[key]), f"{key}: {text} but there {GOLDEN[key]}"
     assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
     assert json.loads(metadata["ss_tag_frequency"]) == {"2_waves": {"waves": 2, "number 0": 1, "number 1": 1}}
@@ -97,7 +103,12 @@ def test_a_run_over_a_dataset_file_writes_its_own_keys(tmp_path: Path, pictures:
     (dataset,) = json.loads(metadata["ss_datasets"])
     assert dataset["bucket_info"]["buckets"] == {"0": {"resolution": [64, 64], "count": 12}}
     first, second = dataset["subsets"]
-    assert (first["image_dir"], first["num_repeats"], first["img_count"], first["keep_tokens"]) == ("2_waves", 3, 2, 1)
+    assert (first["image_dir"], first["num_repeats"], first["img_count"], first["keep_tokens"]) == (
+        "2_waves",
+        3,
+        2,
+        1,
+    )
     assert (second["image_dir"], second["is_reg"], second["class_tokens"]) == ("regular", True, "waves")
     assert (dataset["num_train_images"], dataset["num_reg_images"]) == (6, 1)
     assert json.loads(metadata["ss_dataset_dirs"]) == {"2_waves": {"n_repeats": 3, "img_count": 2}}
