@@ -27,7 +27,7 @@ from library.errors import NetworkPluginError
 from library.files.atomic import replacing
 from networks import lycoris_fit, weights
 from networks.merge import merge_measured
-from networks.plugins import Plugin, create_module, load_plugin, loaded_values, network_from_file
+from networks.plugins import Plugin, create_module, group_names, load_plugin, loaded_values, network_from_file
 
 if TYPE_CHECKING:
     from library.config.sections.network import NetworkConfig
@@ -194,10 +194,12 @@ class NetworkHandle:
         returned = self._ask_for_groups(rates, unet_lr, learning_rate)
         given, names = returned if isinstance(returned, tuple) else (returned, [])
         raw = list(given)
+        with_text = self.trains_clip_l and bool(self._text_encoders)
+        unnamed = group_names(len(raw), with_text=with_text, with_transformer=self.trains_transformer)
         groups = []
         for position, group in enumerate(raw):
             rate = group.get("lr", learning_rate)
-            name = names[position] if position < len(names) else self._kohyas_name(position, len(raw))
+            name = names[position] if position < len(names) else unnamed[position]
             params = tuple(parameter for parameter in group["params"] if parameter.requires_grad)
             if params and rate:
                 groups.append(ParameterGroup(name=" ".join(name.split()), params=params, lr=float(rate)))
@@ -207,16 +209,6 @@ class NetworkHandle:
         for parameter in self.module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         return groups
-
-    def _kohyas_name(self, position: int, count: int) -> str:
-        """What Kohya calls a group that its network does not name: text encoders come first where there are any."""
-        with_text = self.trains_clip_l and bool(self._text_encoders)
-        if count == 1:
-            return "unet" if self.trains_transformer else "textencoder"
-        number = position - with_text
-        if number < 0:
-            return "textencoder"
-        return f"group{number}" if count > 2 else "unet"
 
     def _ask_for_groups(self, rates: list[float], unet_lr: float | None, learning_rate: float) -> Any:
         several = self._methods.get("prepare_optimizer_params_with_multiple_te_lrs")
