@@ -48,18 +48,6 @@ class Perturbation(nn.Module):
         self.combined = (self._base_norm**2 + rows).clamp(min=0).sqrt()
 
     @torch.no_grad()
-    def update_gradient(
-        self, *, down: Tensor, up: Tensor, grad_down: Tensor, grad_up: Tensor, scale: Tensor
-    ) -> None:
-        """Row norms [out] of `scale * (up @ grad_down + grad_up @ down)`; gradients are shaped as factors."""
-        squared = (
-            _row_products(up, grad_down @ grad_down.T, up)
-            + 2 * _row_products(up, grad_down @ down.T, grad_up)
-            + _row_products(grad_up, down @ down.T, grad_up)
-        )
-        self.gradient = (scale**2 * squared).clamp(min=0).sqrt()
-
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """The disturbance of the output for input `x` [..., in].
 
@@ -70,6 +58,18 @@ class Perturbation(nn.Module):
         deviation = (self.sigma * self.combined + self.beta * self.gradient**2) / shape[0] ** 0.5  # [out]
         noise = torch.randn(shape, device=x.device, dtype=x.dtype)
         return nn.functional.linear(x, noise * deviation.to(x)[:, None])
+
+
+def gradient_row_norms(
+    *, down: Tensor, up: Tensor, grad_down: Tensor, grad_up: Tensor, scale: Tensor
+) -> Tensor:
+    """Row norms [out] of `scale * (up @ grad_down + grad_up @ down)`, from rank x rank products only."""
+    squared = (
+        _row_products(up, grad_down @ grad_down.T, up)
+        + 2 * _row_products(up, grad_down @ down.T, grad_up)
+        + _row_products(grad_up, down @ down.T, grad_up)
+    )
+    return (scale**2 * squared).clamp(min=0).sqrt()
 
 
 def _row_products(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from library.errors import NetworkPluginError
 from library.files.atomic import replacing
 from networks import lycoris_fit, weights
 from networks.merge import merge_measured
-from networks.plugins import Plugin, create_module, load_plugin, loaded_values, network_from_file
+from networks.plugins import Plugin, create_module, group_names, load_plugin, loaded_values, network_from_file
 
 if TYPE_CHECKING:
     from library.config.sections.network import NetworkConfig
@@ -192,11 +192,14 @@ class NetworkHandle:
         self._methods["prepare_grad_etc"](self._text_encoders, self._transformer)
         rates = list(text_encoder_lr or ()) or [learning_rate]
         returned = self._ask_for_groups(rates, unet_lr, learning_rate)
-        raw, names = returned if isinstance(returned, tuple) else (returned, [])
+        given, names = returned if isinstance(returned, tuple) else (returned, [])
+        raw = list(given)
+        with_text = self.trains_clip_l and bool(self._text_encoders)
+        unnamed = group_names(len(raw), with_text=with_text, with_transformer=self.trains_transformer)
         groups = []
         for position, group in enumerate(raw):
             rate = group.get("lr", learning_rate)
-            name = names[position] if position < len(names) else f"group {position}"
+            name = names[position] if position < len(names) else unnamed[position]
             params = tuple(parameter for parameter in group["params"] if parameter.requires_grad)
             if params and rate:
                 groups.append(ParameterGroup(name=" ".join(name.split()), params=params, lr=float(rate)))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from networks.ggpo import Perturbation
+from networks.ggpo import Perturbation, gradient_row_norms
 from networks.targets import Target
 
 
@@ -220,19 +220,28 @@ class LoRALinear(nn.Module):
             own.weight.copy_(piece)
         self.alpha.fill_(alpha)
 
+    @torch.no_grad()
+    def gradient_row_norms(self) -> Tensor | None:
+        """Row norms [out] of the gradient of `scale * up @ down`, float32; None before a backward pass."""
+        grads = [up.weight.grad for up in self.ups()]
+        if self.lora_down.weight.grad is None or any(grad is None for grad in grads):
+            return None
+        return gradient_row_norms(
+            down=self.lora_down.weight.float(),
+            up=self.joined_up().float(),
+            grad_down=self.lora_down.weight.grad.float(),
+            grad_up=block_diagonal([grad for grad in grads if grad is not None]).float(),
+            scale=self.scale,
+        )
+
+    @torch.no_grad()
     def update_perturbation(self) -> None:
         """Refresh the norms GGPO needs, after a backward pass and before the gradients are cleared."""
         if self.perturbation is None:
             return
-        down, up = self.lora_down.weight.detach().float(), self.joined_up().detach().float()
-        self.perturbation.update(down=down, up=up, scale=self.scale)
-        grads = [up_part.weight.grad for up_part in self.ups()]
-        if self.lora_down.weight.grad is not None and all(grad is not None for grad in grads):
-            grad_up = block_diagonal([grad for grad in grads if grad is not None]).float()
-            self.perturbation.update_gradient(
-                down=down,
-                up=up,
-                grad_down=self.lora_down.weight.grad.float(),
-                grad_up=grad_up,
-                scale=self.scale,
-            )
+        self.perturbation.update(
+            down=self.lora_down.weight.float(), up=self.joined_up().float(), scale=self.scale
+        )
+        gradient = self.gradient_row_norms()
+        if gradient is not None:
+            self.perturbation.gradient = gradient

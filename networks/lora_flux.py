@@ -144,6 +144,8 @@ class LoRANetwork(nn.Module):
         self.options = options
         self.multiplier = multiplier
         self.train_t5xxl = options.train_t5xxl
+        self._reports_gradients = False
+        self._gradient_norms: Tensor | None = None
         dropouts = Dropouts(
             activation=options.dropout if neuron_dropout is None else neuron_dropout,
             rank=options.rank_dropout,
@@ -169,6 +171,10 @@ class LoRANetwork(nn.Module):
     def loras(self) -> list[LoRALinear]:
         """All adapters, text encoders first."""
         return [*self.text_encoder_loras, *self.unet_loras]
+
+    def prepare_network(self, args: object) -> None:
+        """Take note of the options: gradients are measured where something logs their norms."""
+        self._reports_gradients = any(getattr(args, name, None) for name in ("logging_dir", "log_with"))
 
     def apply_to(
         self,
@@ -337,15 +343,20 @@ class LoRANetwork(nn.Module):
         return int(count), mean, largest
 
     def update_grad_norms(self) -> None:
-        """GGPO: refresh norms from the gradients of this step. Does nothing when GGPO is off."""
+        """Take norms from the gradients of this step, for GGPO and for the log; nothing where neither is on."""
         for lora in self.loras:
             lora.update_perturbation()
+        if self._reports_gradients:
+            rows = [lora.gradient_row_norms() for lora in self.loras]
+            self._gradient_norms = _stacked([norms.mean() for norms in rows if norms is not None])
 
     def update_norms(self) -> None:
-        """Kohya's second hook of the same moment; `update_grad_norms` has refreshed both norms."""
+        """Kohya's second hook of the same moment; `update_grad_norms` has refreshed all norms."""
 
     def grad_norms(self) -> Tensor | None:
-        """Mean row norm of each layer's gradient [layers]; None when GGPO is off."""
+        """Mean row norm of each layer's gradient [layers]; None when neither GGPO nor a log wants it."""
+        if self._gradient_norms is not None:
+            return self._gradient_norms
         return _stacked([p.gradient.mean() for p in self._perturbations()])
 
     def combined_weight_norms(self) -> Tensor | None:

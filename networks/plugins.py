@@ -208,3 +208,12 @@ def loaded_values(report: object) -> Mapping[str, Sequence[str]]:
         return {str(key): list(value) for key, value in report.items()}
     missing, unexpected = getattr(report, "missing_keys", None), getattr(report, "unexpected_keys", None)
     return {"missing keys": list(missing or ()), "unexpected keys": list(unexpected or ())}
+
+
+def group_names(count: int, *, with_text: bool, with_transformer: bool) -> list[str]:
+    """Kohya's names of parameter groups that a network leaves nameless; of several the first is the text encoders'."""
+    if count == 1:
+        return ["unet" if with_transformer else "textencoder"]
+    rest = count - with_text
+    others = ["unet"] * rest if count <= 2 else [f"group{number}" for number in range(rest)]
+    return ["textencoder", *others] if with_text else others

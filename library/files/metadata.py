@@ -63,6 +63,7 @@ class RunFacts:
     network_args: Mapping[str, object] | None = None  # None when the option is empty
     trigger_words: tuple[str, ...] = ()
     single_text_encoder_lr: bool = False  # the network takes one rate for all text encoders
+    optimizer_sets_rate: bool = False  # Adafactor with relative_step
     trainer_version: str = "unknown"  # such as "polyrank/0.1.0"
 
 
@@ -204,6 +205,9 @@ DATASET_CONFIG_KEYS: Mapping[str, Row] = {
     "ss_dataset_dirs": lambda s: json.dumps(named_folders(s.facts.datasets)),
 }
 
+# Rates that an optimizer which sets its own does not use; Kohya says None of them.
+_RATE_KEYS = ("ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr")
+
 # With no_metadata only these remain, beside modelspec.* and the hashes.
 MINIMUM_KEYS = frozenset(
     {
@@ -258,6 +262,8 @@ def build(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
     values |= {key: row(source) for key, row in rows.items()}
     optional = {key: row(source) for key, row in (*OPTIONAL_KEYS.items(), *MODELSPEC_KEYS.items())}
     values |= {key: value for key, value in optional.items() if value is not None}
+    if facts.optimizer_sets_rate:
+        values |= dict.fromkeys(_RATE_KEYS) | {"ss_lr_scheduler": f"adafactor:{values['ss_learning_rate']}"}
     if source.options["no_metadata"]:
         values = {k: v for k, v in values.items() if k in MINIMUM_KEYS or k.startswith("modelspec.")}
     return {key: str(value) for key, value in values.items()}

@@ -3,7 +3,7 @@
 A state is a folder named as Kohya names it:
 
     <stem>-state/model.safetensors       the network's parameters and buffers, as trained
-                 optimizer.safetensors   the optimizer's tensors, "<parameter name>|<key>"
+                 optimizer.safetensors   the optimizer's tensors, "<parameter name>/<key>"
                  train_state.json        position, schedule, the optimizer's plain values
                  manifest.json           SHA-256 of the other files, written last
 

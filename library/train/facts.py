@@ -27,10 +27,14 @@ class MetadataWriter:
         self._job, self._trained = job, trained
         self._base: Mapping[str, str] | None = None
         self._model: Future[ModelFacts] | None = None
+        self._vae: Future[ModelFacts] | None = None
         if job.backend.world.is_main:
             pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-hash")
             name = cast(str, job.config.model.pretrained_model_name_or_path)
             self._model = pool.submit(model_facts, name, job.loader.files.transformer)
+            vae = job.config.other.vae  # nothing reads it, but Kohya writes down that it was named
+            if vae is not None:
+                self._vae = pool.submit(model_facts, vae, Path(vae))
             pool.shutdown(wait=False)
 
     def __call__(self, state: TrainState, epoch: int) -> dict[str, str]:
@@ -41,7 +45,7 @@ class MetadataWriter:
         return at_save(self._base, step=state.step, epoch=epoch, finished_at=time.time())
 
     def _facts(self, state: TrainState, model: ModelFacts) -> RunFacts:
-        job, plan = self._job, self._job.data.plan
+        job, plan, optimizer = self._job, self._job.data.plan, self._trained.optimizer
         return RunFacts(
             session_id=state.session_id,
             started_at=state.started_at,
@@ -52,12 +56,14 @@ class MetadataWriter:
             num_epochs=plan.num_epochs,
             max_train_steps=plan.total_steps,
             world_size=job.backend.world.size,
-            optimizer=self._trained.optimizer.description,
+            optimizer=optimizer.description,
             model=model,
+            vae=self._vae.result() if self._vae is not None else None,
             is_schnell=not job.loader.files.is_dev,
             network_args=metadata_arguments(job.config.network),
             trigger_words=trigger_words(job.data.datasets),
             single_text_encoder_lr=self._trained.network.single_text_encoder_lr,
+            optimizer_sets_rate=optimizer.sets_own_rate and not optimizer.is_schedule_free,
             trainer_version=f"polyrank/{library.__version__}",
         )
 

@@ -72,6 +72,7 @@ def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Obj
     world = job.backend.world
     return Validator(
         module=trained.root,
+        network=trained.network,
         adapter=adapter,
         objective=objective,
         backend=job.backend,

@@ -61,11 +61,10 @@ class TrainState:
 
 
 def falling_ratio(losses: Sequence[float]) -> float | None:
-    """Mean of the last fifth over mean of the first fifth; None with fewer than two values."""
-    if len(losses) < 2:
-        return None
+    """Mean of the last fifth over mean of the first fifth; None with fewer than two values or nothing to fall."""
     part = max(1, round(len(losses) / 5))
-    return (sum(losses[-part:]) / part) / (sum(losses[:part]) / part)
+    first = sum(losses[:part]) / part
+    return sum(losses[-part:]) / part / first if len(losses) > 1 and first > 0 else None
 
 
 def _tuples(value: Any) -> Any:

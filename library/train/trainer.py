@@ -9,20 +9,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from library import randomness
-from library.adapters.base import ModelAdapter, StepInputs
+from library.adapters.base import ModelAdapter
 from library.data.records import Batch
 from library.distributed.base import Backend
 from library.errors import TrainingDiverged
-from library.flow.objective import Draw, Objective
+from library.flow.objective import Objective
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
+from library.train.preservation import preserve_output
 from library.train.state import TrainState
 from networks.interface import NetworkHandle, NormReport
 
@@ -125,7 +126,10 @@ class Trainer:
         inputs = self.adapter.inputs(batch)
         draw = self.objective.draw(inputs.latents, batch.visits, seed=self.state.seed)
         if batch.preserve is not None:
-            draw = self.preserve_output(draw, inputs, batch.preserve)
+            draw = preserve_output(
+                draw, inputs, batch.preserve, module=self.module, network=self.network,
+                objective=self.objective, ranks=self.backend.world.size,
+            )  # fmt: skip
         # Dropouts inside a network use torch's global generators: seeded by what is trained, not by when.
         torch.manual_seed(randomness.integer(self.state.seed, "network", *batch.visits[0]))
         self.network.on_step_start()
@@ -135,20 +139,6 @@ class Trainer:
         loss = (loss_B * inputs.sample_weights).sum()
         self.backend.backward(loss)
         return loss.detach()
-
-    @torch.no_grad()
-    def preserve_output(self, draw: Draw, inputs: StepInputs, preserve: Tensor) -> Draw:
-        """The draw with the answer of the model without its network as the target of the samples in `preserve` [B].
-
-        With several ranks every rank asks in every micro-step: a backend may need all of them in a forward pass.
-        """
-        if self.backend.world.size == 1 and not bool(preserve.any()):
-            return draw
-        self.network.set_multiplier(0.0)
-        answer = self.module(draw.x_t, draw.t, inputs.cond)
-        self.network.set_multiplier(1.0)
-        chosen = preserve.to(draw.target.device).view(-1, 1, 1, 1)
-        return replace(draw, target=torch.where(chosen, self.objective.estimate(answer, draw), draw.target))
 
     def _after_step(self, report: StepReport) -> None:
         self._tell(lambda listener, state: listener.on_step(state, report))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,8 +19,10 @@ from library.data.records import Batch
 from library.distributed.base import Backend
 from library.flow.objective import Objective
 from library.optim.factory import BuiltOptimizer
+from library.train.preservation import preserve_output
 from library.train.state import TrainState, falling_ratio
 from library.train.trainer import StepReport
+from networks.interface import NetworkHandle
 
 logger = logging.getLogger(__name__)
 
@@ -30,42 +33,43 @@ def fixed_timesteps(least: int | None, most: int | None) -> tuple[float, ...]:
     return tuple(float(int(low + (high - low) * i / 5)) for i in range(1, 5))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Validator:
     """Mean loss over this rank's share of the validation batches, summed over ranks."""
 
-    def __init__(
-        self,
-        *,
-        module: nn.Module,
-        adapter: ModelAdapter,
-        objective: Objective,
-        backend: Backend,
-        batches: Callable[[], Iterable[Batch]],
-        timesteps: tuple[float, ...],
-        seed: int,
-    ) -> None:
-        self._module, self._adapter, self._objective, self._backend = module, adapter, objective, backend
-        self._batches, self._timesteps, self._seed = batches, timesteps, seed
+    module: nn.Module
+    network: NetworkHandle
+    adapter: ModelAdapter
+    objective: Objective
+    backend: Backend
+    batches: Callable[[], Iterable[Batch]]
+    timesteps: tuple[float, ...]  # 0..1000
+    seed: int
 
     @torch.no_grad()
     def loss(self) -> float:
         """Mean over validation samples and timesteps; the same on every rank."""
-        self._module.eval()
-        total = torch.zeros(2, device=self._backend.world.device)
-        for batch in self._batches():
-            inputs = self._adapter.inputs(batch)
+        self.module.eval()
+        total = torch.zeros(2, device=self.backend.world.device)
+        for batch in self.batches():
+            inputs = self.adapter.inputs(batch)
             real = (batch.shares > 0).to(total.device)
-            for t in self._timesteps:
+            for t in self.timesteps:
                 times = [t] * len(batch.visits)
-                draw = self._objective.draw_fixed(
-                    inputs.latents, batch.visits, seed=self._seed, timesteps=times
+                draw = self.objective.draw_fixed(
+                    inputs.latents, batch.visits, seed=self.seed, timesteps=times
                 )
-                prediction = self._module(draw.x_t, draw.t, inputs.cond)
-                losses = self._objective.loss(prediction, draw, inputs.mask)  # [B]
+                if batch.preserve is not None:
+                    draw = preserve_output(
+                        draw, inputs, batch.preserve, module=self.module, network=self.network,
+                        objective=self.objective, ranks=self.backend.world.size,
+                    )  # fmt: skip
+                prediction = self.module(draw.x_t, draw.t, inputs.cond)
+                losses = self.objective.loss(prediction, draw, inputs.mask)  # [B]
                 total[0] += (losses * real).sum()
                 total[1] += real.sum()
-        self._module.train()
-        loss_sum, count = self._backend.sum(total).tolist()
+        self.module.train()
+        loss_sum, count = self.backend.sum(total).tolist()
         return float(loss_sum / count)
 
 

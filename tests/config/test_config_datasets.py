@@ -1,6 +1,7 @@
 """Datasets from folders, metadata files and dataset files: fallbacks, refusals, remarks."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from library.config.datasets import resolve_datasets
 from library.config.notices import Notices
 from library.config.train_config import TrainConfig
 from library.errors import ConfigError, DatasetError
+
+FOLDERS = json.loads((Path(__file__).parents[1] / "data/config/folder_names.json").read_text())
 
 
 @pytest.fixture
@@ -402,3 +405,14 @@ def test_in_json_is_one_subset_of_metadata(tmp_path, images):
     (settings,) = resolve_datasets(folder_config(images, in_json=meta, dataset_repeats=4))
     (subset,) = settings.subsets
     assert (subset.image_dir, subset.metadata_file, subset.num_repeats) == (images, meta, 4)
+
+
+def test_folder_names_are_read_as_the_reference_read_them(tmp_path):
+    for name in FOLDERS["present"]:
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (settings,) = resolve_datasets(folder_config(tmp_path / "train"))
+    read = [
+        {"folder": s.image_dir.name, "num_repeats": s.num_repeats, "class_tokens": s.class_tokens}
+        for s in settings.subsets
+    ]
+    assert read == FOLDERS["subsets"]

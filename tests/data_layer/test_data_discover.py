@@ -234,6 +234,27 @@ def test_validation_images_are_never_trained_on(tmp_path, images, share, held):
     assert images < 10 or held < 2 or found.validation != other.validation
 
 
+@pytest.mark.parametrize("case", golden("splits")["cases"], ids=lambda case: f"{case['n']}-{case['split']}")
+def test_as_many_are_trained_on_as_in_the_reference_and_none_of_them_validates(tmp_path, case):
+    """The reference rounds both parts on their own, so that one image can be in both; here the rest validates."""
+    for number in range(case["n"]):
+        write_picture(tmp_path / "p" / f"{number}.png", (20, 20))
+    # One image of another folder, as a run that trains on nothing is refused.
+    write_picture(tmp_path / "other" / "a.png", (20, 20))
+    subsets = (
+        SubsetSettings(
+            class_tokens="thing", image_dir=tmp_path / "p", validation_split=case["split"],
+            validation_seed=case["seed"],
+        ),
+        SubsetSettings(class_tokens="thing", image_dir=tmp_path / "other"),
+    )  # fmt: skip
+    found = discover((DatasetSettings(resolution=(64, 64), subsets=subsets),), seed=0)
+    trained = [record.path for record in found.records if record.subset == 0]
+    assert len(trained) == len(case["train"])
+    assert len(found.validation) == case["n"] - len(case["train"])
+    assert not {*trained} & {record.path for record in found.validation}
+
+
 def test_subsets_are_split_apart_and_regularisation_is_not_held_back(tmp_path):
     for folder in "abr":
         for number in range(4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,12 @@ def furthest(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
+def validation_losses(output: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each validation of a finished run."""
+    state = json.loads((output / "out-state" / "train_state.json").read_text(encoding="utf-8"))
+    return [(step, loss) for step, loss in state["validation_losses"]]
+
+
 def test_one_step_of_two_ranks_has_the_gradients_of_one_process(tmp_path: Path, pictures: Path):
     # Plain SGD with rate 1 and no clipping: what a parameter moved by is its gradient.
     options = {
@@ -67,7 +74,10 @@ def test_one_step_of_two_ranks_has_the_gradients_of_one_process(tmp_path: Path, 
 
 
 def test_ranks_hold_the_same_parameters_after_ten_steps(tmp_path: Path, pictures: Path):
-    options = {"max_train_epochs": None, "max_train_steps": 10, "train_batch_size": 2, "global_batch_size": 4}
+    options = {
+        "max_train_epochs": None, "max_train_steps": 10, "train_batch_size": 2, "global_batch_size": 4,
+        "validate_every_n_steps": 5, "save_state_on_train_end": True,
+    }  # fmt: skip
     first, second = trained_by(
         tmp_path / "two", pictures, ranks=2, validation_split=0.2, cache_latents_to_disk=True, **options
     )
@@ -75,6 +85,11 @@ def test_ranks_hold_the_same_parameters_after_ten_steps(tmp_path: Path, pictures
     # The same global batch on one process: other micro-batches, the same steps, uneven ones included.
     (one,) = trained_by(tmp_path / "one", pictures, ranks=1, validation_split=0.2, **options)
     assert furthest(first, one) < 1e-5
+    # Validation losses are reduced over ranks: those of one process.
+    there, here = (validation_losses(tmp_path / name / "out") for name in ("two", "one"))
+    assert [step for step, _ in there] == [step for step, _ in here]
+    assert len(here) > 2
+    assert [loss for _, loss in there] == pytest.approx([loss for _, loss in here], rel=1e-5)
 
 
 def test_the_steps_of_that_run_are_uneven(tmp_path: Path, pictures: Path):

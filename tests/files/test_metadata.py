@@ -175,6 +175,8 @@ def test_no_metadata_keeps_what_readers_need() -> None:
         ({"text_encoder_lr": (1e-4, 2e-5)}, {}, "ss_text_encoder_lr", "[0.0001, 2e-05]"),
         ({"text_encoder_lr": (1e-4, 2e-5)}, {"single_text_encoder_lr": True}, "ss_text_encoder_lr", "0.0001"),
         ({"gradient_accumulation_steps": 3}, {"world_size": 4}, "ss_total_batch_size", "24"),
+        ({"learning_rate": 2e-4}, {"optimizer_sets_rate": True}, "ss_lr_scheduler", "adafactor:0.0002"),
+        ({"unet_lr": 2e-4}, {"optimizer_sets_rate": True}, "ss_unet_lr", "None"),
         ({}, {"vae": VAE}, "ss_vae_name", "ae.safetensors"),
         ({}, {"vae": VAE}, "ss_new_vae_hash", "cd"),
     ],

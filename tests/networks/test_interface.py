@@ -296,13 +296,39 @@ class TwoRates(nn.Module):
         Path(file).write_text(",".join(sorted(metadata)))
 
 
+@pytest.mark.parametrize(
+    ("groups", "unet_only", "names"),
+    [
+        (1, True, ["unet"]),
+        (1, False, ["unet"]),
+        (2, False, ["textencoder", "unet"]),
+        (3, False, ["textencoder", "group0", "group1"]),
+        (3, True, ["group0", "group1", "group2"]),
+    ],
+)
+def test_groups_without_names_get_those_kohya_logs_them_under(
+    monkeypatch: pytest.MonkeyPatch, groups: int, unet_only: bool, names: list[str]
+) -> None:
+    class Several(TwoRates):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.ParameterList(torch.zeros(1) for _ in range(groups))
+
+        def prepare_optimizer_params(self, text_encoder_lr: float, unet_lr: float) -> list[dict]:
+            return [{"params": [one], "lr": unet_lr} for one in self.more]
+
+    handle = applied(Rig(), config(register(monkeypatch, Several), network_train_unet_only=unet_only))
+    made = handle.parameter_groups(learning_rate=1e-3, unet_lr=None, text_encoder_lr=None)
+    assert [group.name for group in made] == names
+
+
 def test_the_arity_of_an_older_network_is_read_from_its_signature(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     handle = applied(Rig(), config(register(monkeypatch, TwoRates)))
     groups = handle.parameter_groups(learning_rate=1e-3, unet_lr=None, text_encoder_lr=(1e-4,))
     assert handle.module.seen == [(1e-4, 1e-3)]
-    assert [(group.name, group.lr) for group in groups] == [("group 0", 1e-3)]
+    assert [(group.name, group.lr) for group in groups] == [("unet", 1e-3)]
     assert not handle.trains_t5
     assert handle.apply_max_norm(1.0) is None
     assert handle.norms() == {}

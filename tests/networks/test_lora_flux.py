@@ -14,6 +14,7 @@ from torch import nn
 from library.errors import CheckpointError, NetworkPluginError
 from library.models.key_maps import flux_from_diffusers
 from networks.ggpo import Perturbation
+from networks.interface import OptionsView
 from networks.layers import Dropouts, LoRALinear
 from networks.lora_flux import LoRANetwork, create_network, create_network_from_weights
 from networks.names import diffusers_names
@@ -552,6 +553,25 @@ def test_without_ggpo_nothing_is_computed() -> None:
     rig.output().sum().backward()
     made.update_grad_norms()
     assert made.grad_norms() is made.weight_norms() is made.combined_weight_norms() is None
+
+
+@pytest.mark.parametrize("option", ["logging_dir", "log_with"])
+def test_gradient_norms_are_measured_where_something_logs_them(option: str) -> None:
+    rig = Rig()
+    made = network(rig)
+    made.prepare_network(OptionsView({"logging_dir": None, "log_with": None, option: "tensorboard"}))
+    fill(made)
+    rig.output().square().mean().backward()
+    made.update_grad_norms()
+    expected = []
+    for lora in made.loras:
+        down, up = lora.lora_down.weight, lora.lora_up.weight
+        if down.grad is not None:
+            gradient = lora.scale * (up @ down.grad + up.grad @ down)
+            expected.append(gradient.norm(dim=1).mean().detach())
+    assert len(expected) >= len(made.unet_loras)
+    torch.testing.assert_close(made.grad_norms(), torch.stack(expected), rtol=1e-3, atol=1e-7)
+    assert made.weight_norms() is made.combined_weight_norms() is None
 
 
 def test_no_size_of_the_real_model_is_assumed() -> None:

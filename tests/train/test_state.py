@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ import torch
 from library.config.sections.saving import SavingConfig
 from library.errors import CheckpointError
 from library.train.checkpoint import SavedRun, load_run, newest_run, save_run, what_is_wrong
-from library.train.naming import epoch_save, step_save
+from library.train.naming import epoch_save, epoch_stem, last_stem, step_save, step_stem
 from library.train.state import TrainState, falling_ratio
+
+NAMES = json.loads((Path(__file__).parents[1] / "data/train/names.json").read_text())
 
 
 def a_state(step: int = 7, **changes) -> TrainState:
@@ -58,6 +61,8 @@ def test_average_is_over_one_epoch():
 def test_falling_ratio_is_last_fifth_over_first_fifth():
     assert falling_ratio([4.0, 4.0, 3, 3, 3, 3, 3, 3, 1.0, 3.0]) == pytest.approx(0.5)
     assert falling_ratio([1.0]) is None
+    assert falling_ratio([]) is None
+    assert falling_ratio([0.0, 1.0]) is None  # nothing to fall from
 
 
 def test_saved_run_reads_back(tmp_path):
@@ -133,3 +138,26 @@ def test_step_removal_counts_steps_not_files():
 def test_ratio_of_epochs():
     config = SavingConfig(save_n_epoch_ratio=4)
     assert [e for e in range(1, 11) if epoch_save(config, epoch=e, num_epochs=10)] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_files_are_named_as_the_reference_names_them(index):
+    name = (None, "my")[index]
+    stems = {"epoch3": epoch_stem(name, 3), "step120": step_stem(name, 120), "last": last_stem(name)}
+    assert stems == {
+        key: files[index].removesuffix(".safetensors") for key, files in NAMES["file_names"].items()
+    }
+
+
+@pytest.mark.parametrize("case", NAMES["removal"], ids=str)
+def test_the_file_that_goes_is_the_one_the_reference_removes(case):
+    options = {key: value for key, value in case.items() if key.startswith("save_")}
+    config = SavingConfig(output_name="out", **options)
+    if "remove_step" in case:
+        point, removed = step_save(config, step=case["at"]), step_stem("out", case["remove_step"])
+    else:
+        point, removed = (
+            epoch_save(config, epoch=case["at"], num_epochs=99),
+            epoch_stem("out", case["remove_epoch"]),
+        )
+    assert point.retires_model == removed
