@@ -34,12 +34,13 @@ class PreviewListener:
         config: SamplingConfig,
         folder: Path,
         output_name: str | None,
+        writes: bool,
         optimizer: BuiltOptimizer,
         on_image: Callable[[int, Image, TrainState], None] | None = None,
     ) -> None:
         self._optimizer, self._on_image = optimizer, on_image
         self._draw, self._folder, self._output_name = draw, folder, output_name
-        self._prompts, self._config = prompts, config
+        self._prompts, self._config, self._writes = prompts, config, writes
 
     def on_start(self, state: TrainState) -> TrainState:
         if self._config.sample_at_first and state.step == 0:
@@ -66,6 +67,8 @@ class PreviewListener:
         for prompt in self._prompts:
             with self._optimizer.evaluating():
                 image = self._draw(prompt)
+            if not self._writes:
+                continue
             name = sample_file_name(
                 prompt, output_name=self._output_name, epoch=epoch, step=state.step, when=datetime.now()
             )
