@@ -98,9 +98,8 @@ def _previews(job: Job, trained: Trained, metrics: MetricsListener | None) -> Pr
         draw=previewer,
         prompts=job.prompts if together else job.prompts[world.rank :: world.size],
         config=job.config.sampling,
-        folder=output_dir / "sample",
+        folder=output_dir / "sample" if world.is_main or not together else None,
         output_name=job.config.saving.output_name,
-        writes=world.is_main or not together,
         optimizer=trained.optimizer,
         on_image=metrics.on_image if metrics is not None else None,
     )

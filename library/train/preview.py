@@ -32,15 +32,14 @@ class PreviewListener:
         draw: Callable[[SamplePrompt], Image],
         prompts: Sequence[SamplePrompt],
         config: SamplingConfig,
-        folder: Path,
+        folder: Path | None,  # None: another rank writes what this one helps to draw
         output_name: str | None,
-        writes: bool,
         optimizer: BuiltOptimizer,
         on_image: Callable[[int, Image, TrainState], None] | None = None,
     ) -> None:
         self._optimizer, self._on_image = optimizer, on_image
         self._draw, self._folder, self._output_name = draw, folder, output_name
-        self._prompts, self._config, self._writes = prompts, config, writes
+        self._prompts, self._config = prompts, config
 
     def on_start(self, state: TrainState) -> TrainState:
         if self._config.sample_at_first and state.step == 0:
@@ -67,7 +66,7 @@ class PreviewListener:
         for prompt in self._prompts:
             with self._optimizer.evaluating():
                 image = self._draw(prompt)
-            if not self._writes:
+            if self._folder is None:
                 continue
             name = sample_file_name(
                 prompt, output_name=self._output_name, epoch=epoch, step=state.step, when=datetime.now()
