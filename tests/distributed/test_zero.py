@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flux_train_network import main
-from tests.e2e.running import ROOT, draw_pictures, write_config
+from tests.e2e.running import ROOT, TINY, draw_pictures, write_config
 
 WORKER = Path(__file__).parent / "many_worker.py"
 ONE = "single"
@@ -193,3 +194,36 @@ def test_stage_3_draws_validates_recomputes_and_limits_norms(tmp_path: Path, pic
         assert all(torch.isfinite(tensor).all() for tensor in state.values()), name
     scaler = json.loads((tmp_path / "fp16" / "out-state" / "train_state.json").read_text("utf-8"))["scaler"]
     assert dict(scaler)["scale"] >= 1024
+
+
+def test_a_published_command_line_of_zero_2_with_prodigy(tmp_path: Path, pictures: Path):
+    """As it stands in the file, but for the models, sizes that suit them, and its tracker, which needs an account."""
+    file = ROOT / "tests/data/config/wild/cli/issue1475_two_gpus_deepspeed2_prodigy.txt"
+    words = shlex.split(file.read_text("utf-8").replace("\\\n", " "))
+    start = words.index("flux_train_network.py")
+    assert words[:2] == ["accelerate", "launch"]
+    changed = {
+        **dict.fromkeys(("pretrained_model_name_or_path", "clip_l", "t5xxl", "ae"), TINY),
+        "train_data_dir": str(pictures), "output_dir": str(tmp_path), "resolution": "64,64", "bucket_reso_steps": "16",
+        "min_bucket_reso": "32", "max_bucket_reso": "96", "max_train_epochs": "1", "lr_warmup_steps": "1",
+    }  # fmt: skip
+    flat = [
+        part
+        for word in words[start + 1 :]
+        for part in (word.split("=", 1) if word.startswith("--") else (word,))
+    ]
+    for option in ("log_with", "wandb_run_name", "wandb_api_key"):
+        at = flat.index(f"--{option}")
+        del flat[at : at + 2]
+    for option, value in changed.items():
+        flat[flat.index(f"--{option}") + 1] = value
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words[2:start], "--num_processes", "1"]
+    launch[launch.index("--main_process_port") + 1] = "0"
+    done = subprocess.run(
+        [*launch, "flux_train_network.py", *flat, "--tokenizer_cache_dir", TINY, "--t5xxl_max_token_length", "32"],
+        capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    saved = load_file(tmp_path / "flux_shot.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert "untested" not in done.stderr
