@@ -24,10 +24,10 @@ if __name__ == "__main__":
     world = this_process()
     joined = join(world, None)
     for number, path in enumerate(sys.argv[1:]):
-        group = Group(
-            world, PrefixStore(f"run {number}", joined.store)
-        )  # who has waited for what is kept by name
-        config = load_config(["--config_file", path]).config
+        # Who has waited for what is kept by name, so each run has names of its own.
+        group = Group(world, PrefixStore(f"run {number}", joined.store))
+        loaded = load_config(["--config_file", path])
+        config = loaded.config
         backend = choose_backend(
             config.distributed,
             world,
@@ -36,7 +36,7 @@ if __name__ == "__main__":
             leaves_out_modules=False,
         )
         try:
-            train(prepare(config, backend, Console(stderr=True)))
+            train(prepare(loaded, backend, Console(stderr=True)))
         except TrainingDiverged as error:
             sys.stderr.write(f"{path}: {error}\n")
         group.wait("the end of the run")
