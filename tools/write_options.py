@@ -1,4 +1,7 @@
-"""Write docs/options.md and docs/advice.md from their tables: `python -m tools.write_options` in the repository."""
+"""Write what docs take from tables in code: `python -m tools.write_options` in the repository.
+
+That is docs/options.md, docs/advice.md, and the table of what ZeRO cannot do in docs/distributed.md.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from pathlib import Path
 
 from library.config.advice import advice_markdown
 from library.config.reference import options_markdown
+from library.config.zero_limits import with_limits
 from library.files.atomic import write_text
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -13,7 +17,9 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 def main() -> None:
     """Write the pages and say so."""
-    for name, text in (("options.md", options_markdown()), ("advice.md", advice_markdown())):
+    limits = with_limits((DOCS / "distributed.md").read_text(encoding="utf-8"))
+    pages = {"options.md": options_markdown(), "advice.md": advice_markdown(), "distributed.md": limits}
+    for name, text in pages.items():
         write_text(DOCS / name, text)
         print(f"wrote {DOCS / name}")
 

@@ -30,6 +30,7 @@ IMPLICATIONS = (
     Implication("fp8_base_unet", "fp8_base", True, overrides=True),
     Implication("cpu_offload_checkpointing", "gradient_checkpointing", True, overrides=True),
     Implication("split_mode", "blocks_to_swap", 18, yields=True),
+    Implication("ds_config", "deepspeed", True, overrides=True),
     Implication("caption_extention", "caption_extension", overrides=True),
     Implication("dry_run_json", "dry_run", True, overrides=True),
     Implication("use_8bit_adam", "optimizer_type", "AdamW8bit"),

@@ -1,10 +1,11 @@
-"""From the command line to a checked TrainConfig: defaults, then the file, then the command line.
+"""From the command line to a checked TrainConfig: defaults, launcher, the file, then the command line.
 
 Reads the config file and looks whether named files exist; opens no model and imports no torch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from library.config.config_file import config_path, read_config_file
 from library.config.implied import apply_implications
 from library.config.importers.recognise import import_file
 from library.config.importers.report import remarks
+from library.config.launcher import launcher_options
 from library.config.notices import Notices, refuse
 from library.config.options import UNSET, Option
 from library.config.strangers import place_strangers
@@ -66,6 +68,8 @@ def read_options(
         given["config_file"] = Given(str(path), given["config_file"].place)
         if "output_config" not in given:
             given, tables = _with_file(path, given, notices)
+    if "output_config" not in given:
+        given = {**launcher_options(os.environ, given, notices), **given}
     values, sources = read_values(given, notices)
     apply_implications(values, sources, notices)
     return values, sources, tables

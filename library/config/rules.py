@@ -11,12 +11,14 @@ from pathlib import Path
 
 from library.config.advice_rules import ADVICE_RULES
 from library.config.kinds import local_path
+from library.config.launcher import ACCELERATE
 from library.config.names import files_near, suggestion
 from library.config.notices import Notices
 from library.config.rule_context import Context
 from library.config.sections.schedule import LR_SCHEDULERS
 from library.config.service_rules import AUTO, SERVICE_RULES
 from library.config.train_config import TrainConfig
+from library.config.zero_limits import check_zero_limits
 from library.errors import ConfigError
 
 FLUX_MODULE = "networks.lora_flux"
@@ -260,6 +262,29 @@ def backend_exists(context: Context) -> None:
         )
 
 
+def backend_is_named_once(context: Context) -> None:
+    """An explicit backend wins over accelerate's settings, and contradicts --deepspeed."""
+    chosen = context.config.distributed
+    if chosen.distributed not in ("single", "ddp") or not chosen.deepspeed:
+        return
+    if context.sources["deepspeed"] != ACCELERATE:
+        raise ConfigError(
+            f"{context.said('distributed')} contradicts {context.said('deepspeed')}: give one of them"
+        )
+    context.notices.remarks.append(f"{context.said('distributed')}, so accelerate's DeepSpeed is not used")
+
+
+def deepspeed_fits(context: Context) -> None:
+    """What does not go together with ZeRO; options of DeepSpeed alone say nothing without it."""
+    check_zero_limits(context.config)
+    names = ("zero_stage", "offload_optimizer_device", "offload_param_device")
+    idle = [context.said(name) for name in names if context.given(name)]
+    if idle and not context.config.distributed.uses_deepspeed:
+        context.notices.remarks.append(f"no effect without deepspeed: {', '.join(idle)}")
+    if context.config.distributed.offload_optimizer_device == "nvme":
+        context.notices.remarks.append(f"{context.said('offload_optimizer_device')} is read as cpu")
+
+
 def start_is_given_once(context: Context) -> None:
     """A saved state knows its step; initial_epoch and initial_step are for runs without one."""
     ignored = [context.said(name) for name in ("initial_epoch", "initial_step") if context.given(name)]
@@ -304,6 +329,8 @@ RULES = (
     text_encoder_training_fits,
     timesteps_are_a_range,
     backend_exists,
+    backend_is_named_once,
+    deepspeed_fits,
     start_is_given_once,
     samples_have_prompts,
 )

@@ -1,1 +1,1 @@
-"""Ranks behind a Protocol: one process, DDP."""
+"""Ranks behind a Protocol: one process, DDP, DeepSpeed."""

@@ -1,12 +1,12 @@
 """What the trainer needs of a set of ranks, as a narrow Protocol; who this process is, as a value.
 
 The trainer never asks which backend it has. A backend owns how the root module is wrapped, how gradients are
-averaged, scaled and clipped, and how ranks wait for one another.
+averaged, scaled and clipped, where parameters and optimizer state lie, and how ranks wait for one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from library.optim.state import ExportedState
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Stepper(Protocol):
         ...
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Update the parameters. False when loss scaling found an overflow and skipped the update."""
+        """Update the parameters and clear gradients. False when fp16 overflowed and the update was skipped."""
         ...
 
     def state(self) -> dict[str, float]:
@@ -56,9 +58,11 @@ class Backend(Protocol):
 
     world: World
     stepper: Stepper
+    load_device: torch.device  # where models that are not cached away are read to before `wrap`
+    in_lockstep: bool  # every rank must call the module as often as the others, when only drawing as well
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Make the root module's forward take part in gradient averaging. Called once."""
+    def wrap(self, module: nn.Module, optimizer: Optimizer) -> nn.Module:
+        """Make the root module's forward take part in gradient averaging; move it to the device. Called once."""
         ...
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -67,6 +71,23 @@ class Backend(Protocol):
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate this rank's part of the step's loss. The parts of all ranks and micro-steps add up to it."""
+        ...
+
+    def whole(self, module: nn.Module, *, changing: bool = False) -> AbstractContextManager[Any]:
+        """Inside, the parameters of `module` are plain whole tensors. Entered and left by all ranks together.
+
+        With `changing`, what was written into them, alike on every rank, stays.
+        """
+        ...
+
+    def export_optimizer(self, optimizer: Optimizer, names: Mapping[Tensor, str]) -> ExportedState:
+        """All that the optimizer remembers, whole, by the `names` of its parameters. Called by all ranks."""
+        ...
+
+    def import_optimizer(
+        self, optimizer: Optimizer, names: Mapping[Tensor, str], exported: ExportedState
+    ) -> None:
+        """Take up what `export_optimizer` of any backend and any number of ranks gave."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:

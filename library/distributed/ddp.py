@@ -7,7 +7,7 @@ The frozen base is not broadcast at start: every rank read it from the same file
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import Store
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from library.distributed.base import Stepper, World
+from library.distributed.group import Group
 from library.distributed.precision import LossScaler
-from library.errors import TrainerError
-
-POLL_SECONDS = 0.2
+from library.optim.state import ExportedState, export_state, import_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +36,20 @@ class DdpSettings:
 class DdpBackend:
     """The `Backend` of several ranks under DDP, on NCCL or gloo."""
 
-    def __init__(self, world: World, *, store: Store, dtype: torch.dtype, settings: DdpSettings) -> None:
-        self.world = world
-        self._store = store
+    in_lockstep = False
+
+    def __init__(self, group: Group, *, dtype: torch.dtype, settings: DdpSettings) -> None:
+        world = group.world
+        self.world: World = world
+        self.load_device = world.device
+        self._group = group
         self._scaler = LossScaler(device=world.device, dtype=dtype)
         self.stepper: Stepper = self._scaler
         self._settings = settings
         self._module: DistributedDataParallel | None = None
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, optimizer: Optimizer) -> nn.Module:
+        del optimizer
         for parameter in module.parameters():
             if parameter.requires_grad:
                 dist.broadcast(parameter.data, src=0)
@@ -73,26 +77,26 @@ class DdpBackend:
     def backward(self, loss: Tensor) -> None:
         self._scaler.backward(loss * self.world.size)
 
+    def whole(self, module: nn.Module, *, changing: bool = False) -> AbstractContextManager[Any]:
+        del module, changing
+        return nullcontext()
+
+    def export_optimizer(self, optimizer: Optimizer, names: Mapping[Tensor, str]) -> ExportedState:
+        return export_state(optimizer, names)
+
+    def import_optimizer(
+        self, optimizer: Optimizer, names: Mapping[Tensor, str], exported: ExportedState
+    ) -> None:
+        import_state(optimizer, names, exported)
+
     def sum(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values)
-        return values
+        return self._group.sum(values)
 
     def agree(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self._group.agree(value)
 
     def wait(self, name: str) -> None:
-        self._store.add(f"arrived/{name}", 1)
-        while self._store.add(f"arrived/{name}", 0) < self.world.size:
-            if self._store.check(["failure"]):
-                raise TrainerError(f"another rank stopped: {self._store.get('failure').decode()}")
-            time.sleep(POLL_SECONDS)
+        self._group.wait(name)
 
     def close(self, *, failure: str | None = None) -> None:
-        if failure is not None:
-            # An abort, not a farewell: peers may sit in a collective that this rank will never join.
-            self._store.set("failure", f"rank {self.world.rank}: {failure}")
-            return
-        self.wait("the end")  # the main rank may still be writing
-        dist.destroy_process_group()
+        self._group.close(failure=failure)

@@ -1,18 +1,23 @@
-"""From how the process was started to a backend: plain python, `accelerate launch` or `torchrun`."""
+"""From how the process was started to a backend: plain python, `accelerate launch`, `torchrun` or `deepspeed`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from library.config.sections.distributed import DistributedConfig
 from library.distributed.base import Backend, World
 from library.distributed.ddp import DdpBackend, DdpSettings
+from library.distributed.group import Group
 from library.distributed.single import SingleBackend
+from library.errors import ConfigError
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)  # a collective waits at most this long for the slowest rank's step
 
@@ -38,18 +43,71 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def connect(*, dtype: torch.dtype, settings: DdpSettings, timeout_minutes: int | None) -> Backend:
-    """Join the ranks this process was started with. `timeout_minutes` is Kohya's ddp_timeout."""
-    size, local_rank = launched_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
-    device = choose_device(local_rank)
-    world = World(rank=launched_rank(), size=size, local_rank=local_rank, device=device)
-    if size == 1:
+def this_process() -> World:
+    """This process among those that the launcher started."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(
+        rank=launched_rank(),
+        size=launched_world_size(),
+        local_rank=local_rank,
+        device=choose_device(local_rank),
+    )
+
+
+def connect(config: DistributedConfig, *, dtype: torch.dtype, leaves_out_modules: bool) -> Backend:
+    """Join the ranks this process was started with, under the backend that the options name.
+
+    `leaves_out_modules`: whether a network may leave parameters out of a step (module dropout).
+    """
+    world = this_process()
+    return choose_backend(
+        config,
+        world,
+        lambda: join(world, config.ddp_timeout),
+        dtype=dtype,
+        leaves_out_modules=leaves_out_modules,
+    )
+
+
+def choose_backend(
+    config: DistributedConfig,
+    world: World,
+    group: Callable[[], Group],
+    *,
+    dtype: torch.dtype,
+    leaves_out_modules: bool,
+) -> Backend:
+    """The backend that the options name; `group` makes the process group where one is needed."""
+    if config.uses_deepspeed:
+        if world.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, it need not search for one and complain
+        # DeepSpeed takes seconds to import: only those who train under it wait for it.
+        from library.distributed.deepspeed import DeepSpeedBackend, prepare_deepspeed  # noqa: PLC0415
+
+        prepare_deepspeed(config, world)
+        return DeepSpeedBackend(group(), dtype=dtype, config=config)
+    if config.distributed == "single" and world.size > 1:
+        raise ConfigError(
+            f"--distributed single, but the launcher started {world.size} processes: start one, or give ddp"
+        )
+    if world.size == 1:
         return SingleBackend(world, dtype=dtype)
+    settings = DdpSettings(
+        gradient_as_bucket_view=config.ddp_gradient_as_bucket_view,
+        static_graph=config.ddp_static_graph,
+        find_unused_parameters=leaves_out_modules,
+    )
+    return DdpBackend(group(), dtype=dtype, settings=settings)
+
+
+def join(world: World, timeout_minutes: int | None) -> Group:
+    """Make the process group: of this process alone, or of all that the launcher started."""
     timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else DEFAULT_TIMEOUT
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store = HashStore() if world.size == 1 else next(rendezvous("env://", timeout=timeout))[0]
+    on_gpu = world.device.type == "cuda"
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+        "nccl" if on_gpu else "gloo",
+        store=PrefixStore("group", store), rank=world.rank, world_size=world.size, timeout=timeout,
+        device_id=world.device if on_gpu else None,
     )  # fmt: skip
-    return DdpBackend(world, store=PrefixStore("wait", store), dtype=dtype, settings=settings)
+    return Group(world, PrefixStore("wait", store))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,12 @@ class LossScaler:
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate the scaled loss."""
-        torch.autograd.backward(self._scaler.scale(loss))
+        torch.autograd.backward(self.scaled(loss))
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the present scale."""
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
 
     def clip(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Unscale, then clip to `max_norm` (0: only measure). Returns the norm before clipping, []."""
@@ -40,10 +46,11 @@ class LossScaler:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
 
     def step(self, optimizer: Optimizer) -> bool:
-        """Step; False when scaled gradients overflowed and the update was skipped."""
+        """Step and clear gradients; False when scaled gradients overflowed and the update was skipped."""
         before = self._scaler.get_scale()
         self._scaler.step(optimizer)
         self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
         return self._scaler.get_scale() >= before
 
     def state(self) -> dict[str, float]:
@@ -54,3 +61,36 @@ class LossScaler:
         """Take up a saved state."""
         if state:
             self._scaler.load_state_dict(state)
+
+
+@dataclass(slots=True)
+class DynamicScale:
+    """The numbers of torch's GradScaler, for a backend that scales and unscales itself; same rules, same state."""
+
+    scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    growth_tracker: int = 0
+
+    def update(self, stepped: bool) -> None:
+        """Shrink after an overflow, grow after `growth_interval` steps without one."""
+        self.growth_tracker = self.growth_tracker + 1 if stepped else 0
+        if not stepped:
+            self.scale *= self.backoff_factor
+        elif self.growth_tracker == self.growth_interval:
+            self.scale, self.growth_tracker = self.scale * self.growth_factor, 0
+
+    def state(self) -> dict[str, float]:
+        """As GradScaler's state_dict."""
+        return {
+            "scale": self.scale,
+            "growth_factor": self.growth_factor,
+            "backoff_factor": self.backoff_factor,
+            "growth_interval": self.growth_interval,
+            "_growth_tracker": self.growth_tracker,
+        }
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Take up a saved state, GradScaler's or ours."""
+        self.scale, self.growth_tracker = float(state["scale"]), int(state["_growth_tracker"])

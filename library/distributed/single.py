@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from library.distributed.base import Stepper, World
 from library.distributed.precision import LossScaler
+from library.optim.state import ExportedState, export_state, import_state
 
 
 class SingleBackend:
     """The `Backend` of one process, on CPU or GPU."""
 
+    in_lockstep = False
+
     def __init__(self, world: World, *, dtype: torch.dtype) -> None:
         self.world = world
+        self.load_device = world.device
         self._scaler = LossScaler(device=world.device, dtype=dtype)
         self.stepper: Stepper = self._scaler
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, optimizer: Optimizer) -> nn.Module:
+        del optimizer
         return module
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -29,6 +36,18 @@ class SingleBackend:
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.backward(loss)
+
+    def whole(self, module: nn.Module, *, changing: bool = False) -> AbstractContextManager[Any]:
+        del module, changing
+        return nullcontext()
+
+    def export_optimizer(self, optimizer: Optimizer, names: Mapping[Tensor, str]) -> ExportedState:
+        return export_state(optimizer, names)
+
+    def import_optimizer(
+        self, optimizer: Optimizer, names: Mapping[Tensor, str], exported: ExportedState
+    ) -> None:
+        import_state(optimizer, names, exported)
 
     def sum(self, values: Tensor) -> Tensor:
         return values

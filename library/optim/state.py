@@ -30,12 +30,20 @@ class ExportedState(NamedTuple):
     values: dict[str, object]
 
 
-def export_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> ExportedState:
-    """All that `optimizer` remembers; `names` names each of its parameters."""
+ParameterStates = Mapping[Tensor, Mapping[str, object]]  # what is remembered of each parameter, by key
+
+
+def export_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], states: ParameterStates | None = None
+) -> ExportedState:
+    """All that `optimizer` remembers; `names` names each of its parameters.
+
+    `states` are the parameters' own where the optimizer runs on other tensors than they (ZeRO's parts).
+    """
     tensors: dict[str, Tensor] = {}
     parameters = {
         names[parameter]: to_plain(dict(state), tensors, names[parameter])
-        for parameter, state in optimizer.state.items()
+        for parameter, state in (optimizer.state if states is None else states).items()
         if state
     }
     groups = {
@@ -57,6 +65,19 @@ def import_state(
 
     Raises `CheckpointError` if the kind, the groups or the parameters are not the same.
     """
+    states = import_groups(optimizer, names, exported)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in states:
+                optimizer.state[parameter] = {
+                    key: _place(key, value, parameter, group) for key, value in states[parameter].items()
+                }
+
+
+def import_groups(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], exported: ExportedState
+) -> ParameterStates:
+    """The part of `import_state` that concerns groups; returns the saved states of parameters, on the CPU."""
     if exported.values["optimizer"] != _kind(optimizer):
         raise CheckpointError(
             f"the saved state belongs to the optimizer {exported.values['optimizer']}, this run uses "
@@ -69,13 +90,11 @@ def import_state(
     _require_same("parameters", saved=set(parameters), present=set(names.values()), all_saved=False)
     for group in optimizer.param_groups:
         group.update(cast("dict[str, object]", from_plain(groups[group["name"]], exported.tensors)))
-        for parameter in group["params"]:
-            saved = parameters.get(names[parameter])
-            if saved is not None:
-                state = cast("dict[str, object]", from_plain(saved, exported.tensors))
-                optimizer.state[parameter] = {
-                    key: _place(key, value, parameter, group) for key, value in state.items()
-                }
+    return {
+        parameter: cast("dict[str, object]", from_plain(parameters[name], exported.tensors))
+        for parameter, name in names.items()
+        if name in parameters
+    }
 
 
 def to_plain(value: object, tensors: dict[str, Tensor], name: str) -> object:

@@ -93,7 +93,7 @@ def wanted_prompts(config: TrainConfig) -> tuple[SamplePrompt, ...]:
 
 def build_trained(job: Job) -> Trained:
     """Load the transformer and the live text encoders, put the network on them, make optimizer and schedule."""
-    config, device, loader = job.config, job.backend.world.device, job.loader
+    config, device, loader = job.config, job.backend.load_device, job.loader
     transformer = loader.transformer(device)
     clip_l, t5 = live_text_encoders(config, loader, device)
     encoders: list[nn.Module] = [e for e in (clip_l, t5) if e is not None] if trains_text(config) else []

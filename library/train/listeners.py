@@ -85,6 +85,8 @@ def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Obj
 def _previews(job: Job, trained: Trained, metrics: MetricsListener | None) -> PreviewListener:
     output_dir = job.config.saving.output_dir
     assert output_dir is not None, "checked by the config rules"
+    # Ranks share the prompts out, unless all of them are needed for each picture.
+    world, together = job.backend.world, job.backend.in_lockstep
     previewer = FluxPreviewer(
         module=trained.root,
         autoencoder=job.loader.autoencoder(),
@@ -95,9 +97,9 @@ def _previews(job: Job, trained: Trained, metrics: MetricsListener | None) -> Pr
     )
     return PreviewListener(
         draw=previewer,
-        prompts=job.prompts[job.backend.world.rank :: job.backend.world.size],
+        prompts=job.prompts if together else job.prompts[world.rank :: world.size],
         config=job.config.sampling,
-        folder=output_dir / "sample",
+        folder=output_dir / "sample" if world.is_main or not together else None,
         output_name=job.config.saving.output_name,
         optimizer=trained.optimizer,
         on_image=metrics.on_image if metrics is not None else None,

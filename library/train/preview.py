@@ -32,7 +32,7 @@ class PreviewListener:
         draw: Callable[[SamplePrompt], Image],
         prompts: Sequence[SamplePrompt],
         config: SamplingConfig,
-        folder: Path,
+        folder: Path | None,  # None: another rank writes what this one helps to draw
         output_name: str | None,
         optimizer: BuiltOptimizer,
         on_image: Callable[[int, Image, TrainState], None] | None = None,
@@ -66,6 +66,8 @@ class PreviewListener:
         for prompt in self._prompts:
             with self._optimizer.evaluating():
                 image = self._draw(prompt)
+            if self._folder is None:
+                continue
             name = sample_file_name(
                 prompt, output_name=self._output_name, epoch=epoch, step=state.step, when=datetime.now()
             )

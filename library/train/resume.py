@@ -17,7 +17,7 @@ from library.errors import CheckpointError, NothingToDo
 from library.files.hub import fetch_folder
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
-from library.optim.state import ExportedState, export_state, import_state
+from library.optim.state import ExportedState
 from library.train.checkpoint import SavedRun, load_run, newest_run
 from library.train.prepare import start_step
 from library.train.state import TrainState
@@ -117,11 +117,13 @@ class Resumable:
 
 
 def capture(state: TrainState, parts: Resumable) -> SavedRun:
-    """Everything that a resume needs, as of now."""
-    exported = export_state(parts.optimizer.optimizer, parts.names())
+    """Everything that a resume needs, as of now. Called by all ranks: each may hold a part of it."""
+    exported = parts.backend.export_optimizer(parts.optimizer.optimizer, parts.names())
+    with parts.backend.whole(parts.network):
+        network = {name: tensor.detach().to("cpu", copy=True) for name, tensor in parts.tensors().items()}
     return SavedRun(
         state=replace(state, scaler=tuple(sorted(parts.backend.stepper.state().items()))),
-        network={name: tensor.detach().cpu() for name, tensor in parts.tensors().items()},
+        network=network,
         optimizer_tensors=exported.tensors,
         optimizer_values=exported.values,
         schedule=parts.schedule.state_dict(),
@@ -130,18 +132,19 @@ def capture(state: TrainState, parts: Resumable) -> SavedRun:
 
 def restore(saved: SavedRun, parts: Resumable) -> None:
     """Put a saved run's numbers in place. CheckpointError when it belongs to another network or optimizer."""
-    tensors = parts.tensors()
-    different = sorted(tensors.keys() ^ saved.network.keys())
-    different += [n for n in tensors if n in saved.network and tensors[n].shape != saved.network[n].shape]
-    if different:
-        raise CheckpointError(
-            f"--resume: the saved network differs in {len(different)} tensors, such as {different[0]}; "
-            "resume with the same network_module, network_dim and network_args"
-        )
-    for name, tensor in tensors.items():
-        tensor.data.copy_(saved.network[name])
+    with parts.backend.whole(parts.network, changing=True):
+        tensors = parts.tensors()
+        different = sorted(tensors.keys() ^ saved.network.keys())
+        different += [n for n in tensors if n in saved.network and tensors[n].shape != saved.network[n].shape]
+        if different:
+            raise CheckpointError(
+                f"--resume: the saved network differs in {len(different)} tensors, such as {different[0]}; "
+                "resume with the same network_module, network_dim and network_args"
+            )
+        for name, tensor in tensors.items():
+            tensor.data.copy_(saved.network[name])
     exported = ExportedState(dict(saved.optimizer_tensors), dict(saved.optimizer_values))
-    import_state(parts.optimizer.optimizer, parts.names(), exported)
+    parts.backend.import_optimizer(parts.optimizer.optimizer, parts.names(), exported)
     parts.optimizer.train()
     parts.schedule.load_state_dict(saved.schedule)
     parts.backend.stepper.load_state(dict(saved.state.scaler))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from library.config.sections.saving import SavingConfig
-from library.distributed.base import World
+from library.distributed.base import Backend
 from library.optim.factory import BuiltOptimizer
 from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
 from library.train.naming import SavePoint, epoch_save, last_stem, step_save, step_stem
@@ -29,7 +29,7 @@ SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
 
 
 class Saver:
-    """Writes model files and state folders; only rank 0 touches the disk."""
+    """Writes model files and state folders. Every rank calls it and gives what it holds; rank 0 writes."""
 
     def __init__(
         self,
@@ -38,25 +38,27 @@ class Saver:
         network: NetworkHandle,
         metadata: Callable[[TrainState, int], Mapping[str, str]],
         capture: Callable[[TrainState], SavedRun],
-        world: World,
+        backend: Backend,
         optimizer: BuiltOptimizer,
         uploader: Uploader | None = None,
     ) -> None:
         self._optimizer, self._uploader = optimizer, uploader
         assert config.output_dir is not None, "checked by the config rules"
         self._config, self._folder, self._network = config, config.output_dir, network
-        self._metadata, self._capture, self._world = metadata, capture, world
+        self._metadata, self._capture = metadata, capture
+        self._backend, self._world = backend, backend.world
         self.written: list[Path] = []
         self._checked = False  # whether it was said that a file was read back and is whole
 
     def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
         """Write the network as `<stem>.<save_model_as>`; `epoch` is what ss_epoch says."""
         path = self._folder / f"{stem}.{self._config.save_model_as or 'safetensors'}"
-        if self._world.is_main:
+        with self._optimizer.evaluating(), self._backend.whole(self._network.module):
             start = time.perf_counter()
-            dtype = SAVE_DTYPES[self._config.save_precision]
-            with self._optimizer.evaluating():
+            if self._world.is_main:
+                dtype = SAVE_DTYPES[self._config.save_precision]
                 self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
+        if self._world.is_main:
             seconds = time.perf_counter() - start
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
             self._check(path)
@@ -81,9 +83,10 @@ class Saver:
     def state(self, stem: str, state: TrainState) -> Path:
         """Write the state folder `<stem>-state`."""
         folder = self._folder / f"{stem}{STATE_SUFFIX}"
+        with self._optimizer.evaluating():
+            run = self._capture(state)
         if self._world.is_main:
-            with self._optimizer.evaluating():
-                save_run(folder, self._capture(state))
+            save_run(folder, run)
             logger.info("saved the state in %s", folder)
             self.written.append(folder)
             if self._uploader is not None and self._config.save_state_to_huggingface:

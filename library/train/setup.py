@@ -22,7 +22,6 @@ from library.config.train_config import TrainConfig
 from library.data.dataset import load_batches
 from library.data.records import Batch
 from library.distributed.base import Backend
-from library.distributed.ddp import DdpSettings
 from library.distributed.launch import connect, launched_rank, launched_world_size
 from library.distributed.precision import DTYPES
 from library.errors import Interrupted
@@ -173,7 +172,7 @@ def train(job: Job) -> Trained:
     config, backend = job.config, job.backend
     trained = build_trained(job)
     adapter = build_adapter(job, trained)
-    module = backend.wrap(trained.root)
+    module = backend.wrap(trained.root, trained.optimizer.optimizer)
     parts = trained.resumable(backend)
     if job.saved is not None:
         restore(job.saved, parts)
@@ -183,7 +182,7 @@ def train(job: Job) -> Trained:
         network=trained.network,
         metadata=MetadataWriter(job, trained),
         capture=lambda now: capture(now, parts),
-        world=backend.world,
+        backend=backend,
         optimizer=trained.optimizer,
         uploader=Uploader(folder, background=config.saving.async_upload) if folder is not None else None,
     )
@@ -255,13 +254,9 @@ def batches(job: Job) -> Iterator[Batch]:
 def connected(config: TrainConfig) -> Iterator[Backend]:
     """The ranks this process was started with; an error here is told to the ranks that wait."""
     backend = connect(
+        config.distributed,
         dtype=DTYPES[config.training.mixed_precision],
-        settings=DdpSettings(
-            gradient_as_bucket_view=config.distributed.ddp_gradient_as_bucket_view,
-            static_graph=config.distributed.ddp_static_graph,
-            find_unused_parameters=any("module_dropout" in item for item in config.network.network_args),
-        ),
-        timeout_minutes=config.distributed.ddp_timeout,
+        leaves_out_modules=any("module_dropout" in item for item in config.network.network_args),
     )
     try:
         yield backend

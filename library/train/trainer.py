@@ -113,9 +113,7 @@ class Trainer:
         stepped = self.backend.stepper.step(self.optimizer.optimizer)
         if stepped:
             self.schedule.step(loss)
-        self.optimizer.optimizer.zero_grad(set_to_none=True)
-        most = self.limits.scale_weight_norms
-        max_norm = self.network.apply_max_norm(most) if most else None
+        max_norm = self._limit_norms()
         self.state = self.state.after_step(loss=loss, samples=int(samples))
         seconds = time.perf_counter() - start
         report = StepReport(loss, float(grad_norm), rates, int(samples), seconds, not stepped, max_norm)
@@ -146,6 +144,14 @@ class Trainer:
         if step % steps_per_epoch == 0 or step == self.limits.total_steps:
             self._tell(lambda listener, state: listener.on_epoch(state, math.ceil(step / steps_per_epoch)))
             self.network.on_epoch_start()
+
+    def _limit_norms(self) -> NormReport | None:
+        """Apply scale_weight_norms; None without it."""
+        most = self.limits.scale_weight_norms
+        if not most:
+            return None
+        with self.backend.whole(self.network.module, changing=True):
+            return self.network.apply_max_norm(most)
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:
         # Under fp16 a gradient may overflow: the stepper then skips the update and lowers its scale.

@@ -257,7 +257,6 @@ def test_offloaded_activations_are_recomputed_ones(write):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--deepspeed"], "--deepspeed is not available in this version: remove it, the run uses DDP"),
         (["--model_type", "chroma"], "Chroma models are not supported"),
         (["--weighted_captions"], "no word weights"),
         (["--dataset_class", "my.Data"], "in a metadata_file of dataset_config"),

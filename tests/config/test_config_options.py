@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KOHYA = {row["dest"]: row for row in json.loads((ROOT / "tests/data/config/kohya_options.json").read_text())}
 OURS = {"global_batch_size", "dry_run", "dry_run_json", "strict_config", "ignore_advice"}
 OURS |= {"text_cache_variants", "trigger_word"}
+OURS |= {"distributed", "ds_config", "local_rank"}
 # The type that Kohya's parser declares for options of each of our types.
 KOHYA_TYPES = {
     "bool": "bool",
@@ -244,6 +245,7 @@ def test_every_used_option_is_read_somewhere(repository):
         "output_config",
         "ignore_advice",
     }  # acted on while options are read
+    elsewhere |= {"deepspeed"}  # read as DistributedConfig.uses_deepspeed
     one_value = {"model_type"}  # another value than the one that holds anyway is refused
     used = {name for name, row in OPTIONS.items() if row.row.effect.state == "used"}
     assert used - read - elsewhere <= one_value

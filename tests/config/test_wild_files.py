@@ -435,8 +435,10 @@ def test_a_fluxgym_command(desk):
 
 def test_prodigy_on_two_gpus_whatever_shares_the_work(desk):
     words = command_words(desk, "issue1475_two_gpus_deepspeed2_prodigy")
-    words = without_options(words, "deepspeed", "zero_stage", "log_with", "wandb_run_name", "wandb_api_key")
+    words = without_options(words, "log_with", "wandb_run_name", "wandb_api_key")
     loaded = load_config(words)
+    assert loaded.config.distributed.uses_deepspeed
+    assert loaded.config.distributed.zero_stage == 2
     assert values(loaded, "optimizer_type", "learning_rate", "resolution") == ("prodigy", 1.0, (1024, 1024))
     assert values(loaded, "lr_warmup_steps", "train_batch_size") == (396, 4)
     check_parts(loaded.config)
