@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,9 +40,12 @@ from library.models import precision
 from library.models.flux import Flux
 from library.models.identify import Part
 from library.models.params import FluxParams
-from library.train.build import Job, build_adapter, build_trained
+from library.train.build import Job, Trained, build_adapter, build_trained
+from library.train.checkpoint import load_run
 from library.train.loading import ModelLoader
 from library.train.prepare import Data, ModelFiles
+from library.train.resume import capture, restore
+from library.train.saving import Saver
 from library.train.setup import batches, build_trainer, connected
 from library.train.state import TrainState
 from library.train.trainer import StepReport
@@ -67,10 +72,15 @@ class RandomLoader(ModelLoader):
         with torch.device("meta"):
             model = Flux(self.params).to(self.dtype)
         model.to_empty(device=device)
+        # On a CPU (ZeRO-3 splits from there) twelve billion draws take minutes, so a million are repeated.
+        drawn = torch.randn(1 << 20, device=device).mul_(0.02).to(self.dtype)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(False)
             if name.endswith("scale"):
                 torch.nn.init.ones_(parameter)
+            elif device.type == "cpu":
+                repeats = -(-parameter.numel() // drawn.numel())
+                parameter.data = drawn.repeat(repeats)[: parameter.numel()].view(parameter.shape)
             else:
                 torch.nn.init.normal_(parameter, std=0.02)
         if self.config.memory.fp8_base:
@@ -242,7 +252,7 @@ def measure(
     trainer = build_trainer(
         job,
         trained,
-        module=backend.wrap(trained.root),
+        module=backend.wrap(trained.root, trained.optimizer.optimizer),
         adapter=adapter,
         listeners=(watch,),
         should_stop=lambda: False,
@@ -261,6 +271,7 @@ def measure(
     elapsed = time.perf_counter() - started
     if arguments.profile:
         profile(trainer, stream, Path(arguments.profile))
+    saved = saving(job, trained, trainer.state) if arguments.save else {}
     seconds = watch.seconds[arguments.warmup :]
     samples = sum(watch.samples[arguments.warmup :])
     tokens = [loader.t5_length + (w // 16) * (h // 16) for w, h in arguments.resolutions]
@@ -279,7 +290,36 @@ def measure(
         "peak_gb_allocated": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
         "peak_gb_reserved": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
         "losses": [round(loss, 5) for loss in (watch.losses[0], watch.losses[-1])],
+        **saved,
     }
+
+
+def saving(job: Job, trained: Trained, state: TrainState) -> dict[str, float]:
+    """Seconds to write the adapter and a state, and to put that state back."""
+    assert job.config.saving.output_dir is not None
+    folder = Path(job.backend.agree(tempfile.mkdtemp(dir=job.config.saving.output_dir)))
+    parts = trained.resumable(job.backend)
+    saver = Saver(
+        config=replace(job.config.saving, output_dir=folder, output_name="bench"),
+        network=trained.network,
+        metadata=lambda state, epoch: {},
+        capture=lambda now: capture(now, parts),
+        backend=job.backend,
+        optimizer=trained.optimizer,
+    )
+    times = [time.perf_counter()]
+    saver.model("bench", state, epoch=1)
+    times.append(time.perf_counter())
+    path = saver.state("bench", state)
+    job.backend.wait("state written")
+    times.append(time.perf_counter())
+    restore(load_run(path), parts)
+    times.append(time.perf_counter())
+    job.backend.wait("state read")
+    if job.backend.world.is_main:
+        shutil.rmtree(folder)
+    names = ("seconds_save_adapter", "seconds_save_state", "seconds_load_state")
+    return {name: round(b - a, 2) for name, (a, b) in zip(names, pairwise(times), strict=True)}
 
 
 def profile(trainer: Any, stream: Any, path: Path) -> None:
@@ -308,6 +348,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--steps", type=int, default=12, help="measured steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before")
     parser.add_argument("--json", metavar="FILE", help="append the result as one line of JSON")
+    parser.add_argument("--save", action="store_true", help="time saving and loading too")
     parser.add_argument("--profile", metavar="FILE", help="profile two more steps")
     own, rest = parser.parse_known_args(argv)
     own.given = list(argv)

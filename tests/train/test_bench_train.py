@@ -14,7 +14,7 @@ from tools.bench_train import flops_per_sample, main
 @pytest.mark.parametrize(
     "options",
     [
-        ["--resolutions", "128x128", "64x192", "--gradient_accumulation_steps", "2"],
+        ["--resolutions", "128x128", "64x192", "--gradient_accumulation_steps", "2", "--save"],
         [
             "--network_module",
             "lycoris.kohya",
@@ -38,6 +38,7 @@ def test_a_tiny_measurement(tmp_path: Path, options: list[str]):
     measured = json.loads(line)
     assert measured["seconds_per_step"] > 0
     assert measured["images_per_second"] > 0
+    assert ("seconds_save_state" in measured) == ("--save" in options)
     first, last = measured["losses"]
     assert first != last, "the network was not updated"
 
