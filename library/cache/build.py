@@ -27,6 +27,7 @@ from library.cache.survey import CacheOptions, Work
 from library.cache.text import TextNeed, TextOptions, TextStore
 from library.data import images
 from library.data.buckets import Size
+from library.data.decode import read_picture
 from library.data.readers import CachedText
 from library.data.records import TextCond
 from library.errors import ConfigError, DatasetError
@@ -154,7 +155,7 @@ def _decoded_ahead(batches: list[list[LatentNeed]]) -> Iterator[tuple[list[Laten
 
 def _decode(need: LatentNeed) -> _Decoded:
     """Pixels of one need, and its alpha mask, all ones for a picture without alpha."""
-    picture = images.read_picture(need.record.path)
+    picture = read_picture(need.record.path)
     framing = images.frame(need.placement)
     image = images.image_tensor(images.render(picture.rgb, framing, need.interpolation))
     if not need.mask:

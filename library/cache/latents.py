@@ -21,7 +21,7 @@ from torch import Tensor
 from library.cache import npz, source
 from library.data.buckets import Placement, Size, crop_box
 from library.data.dataset import TrainingData
-from library.data.images import PIXELS_VERSION
+from library.data.decode import PIXELS_VERSION
 from library.data.readers import CachedLatents
 from library.data.records import ImageRecord
 from library.data.resize import effective_interpolation

@@ -8,13 +8,14 @@ tokens is refused.
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from library.config.dataset_settings import SubsetSettings
-from library.data.scan import SHOWN, Listing, Problems
+from library.data.formats import stem_of
+from library.data.scan import Listing, Problems, in_threads, shown
 
 FALLBACK_EXTENSION = ".txt"
 NO_FILES = ".none"  # caption_extension = "none": captions are the class tokens, whatever files there are
@@ -22,10 +23,18 @@ NO_FILES = ".none"  # caption_extension = "none": captions are the class tokens,
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """Raw captions by image, and what to tell about them."""
+    """Raw captions by image name, and what to tell about them."""
 
-    by_image: Mapping[Path, str]
+    by_image: Mapping[str, str]
     notices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A caption file's caption, or what is wrong with the file."""
+
+    caption: str = ""
+    problem: str = ""
 
 
 def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems) -> Captions:
@@ -42,16 +51,9 @@ def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems
                 f"{listing.folder} has no {asked} file but {len(files)} {extension} captions; those are "
                 f"used, set caption_extension to {extension} to say so yourself"
             )
-    found: dict[Path, str] = {}
-    blank = []
-    for image in listing.images:
-        if image not in files:
-            found[image] = settings.class_tokens or ""
-            continue
-        text = _read(files[image], problems, every_line=settings.enable_wildcard)
-        found[image] = text
-        if not text:
-            blank.append(files[image])
+    texts = _read_all(listing, sorted(set(files.values())), problems, every_line=settings.enable_wildcard)
+    stand_in = settings.class_tokens or ""
+    found = {image: texts[files[image]].caption if image in files else stand_in for image in listing.images}
     missing = [image for image in listing.images if image not in files]
     if not files and listing.images and not settings.class_tokens and settings.caption_dropout_rate < 1:
         # Kohya would train the whole folder on the empty caption, which is hardly ever meant.
@@ -62,54 +64,59 @@ def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems
         )
     elif missing and extension != NO_FILES:
         notices.append(_missing_notice(missing, listing, settings, extension))
+    blank = [name for name, text in texts.items() if not text.caption and not text.problem]
     if blank:
         notices.append(
-            f"{_listed(blank)} in {listing.folder}: the caption is empty because the first line is blank"
+            f"{shown(blank)} in {listing.folder}: the caption is empty because the first line is blank"
         )
     return Captions(found, tuple(notices))
 
 
-def _caption_files(listing: Listing, extension: str) -> dict[Path, Path]:
+def _caption_files(listing: Listing, extension: str) -> dict[str, str]:
     """Image -> its caption file: of the same stem, or of the stem without a face-crop's four numbers."""
     files = {}
     for image in listing.images:
-        stem = os.path.splitext(image.name)[0]
-        parts = stem.split("_")
-        candidates = [stem, *(["_".join(parts[:-4])] if len(parts) >= 5 else [])]
-        for candidate in candidates:
-            if candidate + extension in listing.names:
-                files[image] = listing.folder / (candidate + extension)
-                break
+        stem = stem_of(image)
+        name = stem + extension
+        if name not in listing.names and stem.count("_") >= 4:
+            name = stem.rsplit("_", 4)[0] + extension
+        if name in listing.names:
+            files[image] = name
     return files
 
 
-def _read(path: Path, problems: Problems, *, every_line: bool) -> str:
+def _read_all(
+    listing: Listing, names: Sequence[str], problems: Problems, *, every_line: bool
+) -> dict[str, _Text]:
+    place = os.fspath(listing.folder)
+    texts = in_threads(lambda name: _read(os.path.join(place, name), every_line=every_line), names)
+    for name, text in zip(names, texts, strict=True):
+        if text.problem:
+            problems.add(listing.folder / name, text.problem)
+    return dict(zip(names, texts, strict=True))
+
+
+def _read(path: str, *, every_line: bool) -> _Text:
     """The first line, or all lines that are not blank; an empty or undecodable file is a problem."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            lines = file.readlines()
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
-        problems.add(path, f"is not UTF-8 text (byte {error.start}): save it as UTF-8")
-        return ""
+        return _Text(problem=f"is not UTF-8 text (byte {error.start}): save it as UTF-8")
     except OSError as error:
-        problems.add(path, f"cannot be read ({error.strerror})")
-        return ""
-    if not lines:
-        problems.add(path, "is empty (write a caption or delete the file)")
-        return ""
+        return _Text(problem=f"cannot be read ({error.strerror})")
+    if not text:
+        return _Text(problem="is empty (write a caption or delete the file)")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if every_line:
-        return "\n".join(line.strip() for line in lines if line.strip())
-    return lines[0].strip()
+        return _Text("\n".join(line.strip() for line in text.split("\n") if line.strip()))
+    return _Text(text.split("\n", 1)[0].strip())
 
 
 def _missing_notice(
-    missing: Sequence[Path], listing: Listing, settings: SubsetSettings, extension: str
+    missing: Sequence[str], listing: Listing, settings: SubsetSettings, extension: str
 ) -> str:
     what = f'"{settings.class_tokens}"' if settings.class_tokens else "an empty caption"
     of_all = f"{len(missing)} of {len(listing.images)} images"
-    return f"{of_all} in {listing.folder} have no {extension} file and train with {what}: {_listed(missing)}"
-
-
-def _listed(paths: Sequence[Path]) -> str:
-    names = ", ".join(path.name for path in paths[:SHOWN])
-    return names + (f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else "")
+    return f"{of_all} in {listing.folder} have no {extension} file and train with {what}: {shown(missing)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +97,11 @@ def read_data(config: TrainConfig, *, seed: int, world_size: int) -> Data:
     """Read folders and captions, assign buckets, plan the run. The same on every rank."""
     notices = Notices()
     datasets = resolve_datasets(config, notices=notices)
-    found = discover(datasets, seed=seed)
-    training = _training_data(datasets, found.records, seed=seed)
-    plan = Plan(training.planned_images(), _plan_settings(config, datasets, seed=seed, world_size=world_size))
+    with _no_garbage_collection():
+        found = discover(datasets, seed=seed)
+        training = _training_data(datasets, found.records, seed=seed)
+        planned = training.planned_images()
+    plan = Plan(planned, _plan_settings(config, datasets, seed=seed, world_size=world_size))
     training = replace(training, max_train_steps=plan.total_steps)
     validation = validation_plan = None
     if found.validation:
@@ -125,6 +129,18 @@ def _trigger_notices(datasets: Sequence[DatasetSettings], found: Discovered) -> 
             names = ", ".join(record.path.name for record in odd[:SHOWN])
             rest = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
             yield f"{report.name}: {len(odd)} of {len(records)} captions {said}: {names}{rest}"
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For making many objects that stay: looking through them for garbage would take a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _training_data(

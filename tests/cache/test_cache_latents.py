@@ -16,7 +16,8 @@ from PIL import Image
 
 from library.cache import npz
 from library.cache.latents import Entry, LatentStore, check_file, latent_needs, latents_path
-from library.data.images import frame, image_tensor, read_picture, render
+from library.data.decode import read_picture
+from library.data.images import frame, image_tensor, render
 from library.errors import ConfigError, DatasetError
 
 

@@ -14,14 +14,14 @@ from PIL import Image
 
 from library.data import images
 from library.data.buckets import Placement
+from library.data.decode import read_picture
+from library.data.headers import read_header
 from library.data.images import (
     Framing,
     frame,
     frame_face,
     image_tensor,
     mask_tensor,
-    read_header,
-    read_picture,
     render,
 )
 from library.data.resize import resize
