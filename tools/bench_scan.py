@@ -51,6 +51,7 @@ class Measured:
     """One run of the command."""
 
     seconds: float
+    cpu_seconds: float  # what it would take at least on a quiet machine with one core
     peak_mib: float  # resident memory
     output: str
 
@@ -135,7 +136,7 @@ def dry_run(config: Path, cache: Path) -> Measured:
         output = log.read()
     if process.returncode:
         raise SystemExit(f"the dry run ended with exit code {process.returncode}:\n{output[-3000:]}")
-    return Measured(seconds, usage.ru_maxrss / 1024, output)
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, output)
 
 
 def main() -> None:
@@ -152,7 +153,7 @@ def main() -> None:
         write_tree(root / "few", len(REPEATS))
         few = write_config(root / "few.toml", root / "few")
         dry_run(few, root / "cache")  # makes the tiny model
-        print(f"{'images':>8} {'run':>8} {'seconds':>8} {'peak MiB':>9}")
+        print(f"{'images':>8} {'run':>8} {'seconds':>8} {'CPU s':>8} {'peak MiB':>9}")
         _row(len(REPEATS), "warm", dry_run(few, root / "cache"))
         write_tree(root / "data", options.images)
         config = write_config(root / "data.toml", root / "data", cache_info=options.cache_info)
@@ -165,7 +166,10 @@ def main() -> None:
 
 
 def _row(count: int, run: str, measured: Measured) -> None:
-    print(f"{count:>8} {run:>8} {measured.seconds:>8.2f} {measured.peak_mib:>9.0f}", flush=True)
+    print(
+        f"{count:>8} {run:>8} {measured.seconds:>8.2f} {measured.cpu_seconds:>8.2f} {measured.peak_mib:>9.0f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from library.config.dataset_settings import SubsetSettings
 from library.data.formats import stem_of
-from library.data.scan import Listing, Problems, in_threads, shown
+from library.data.problems import Problems, shown
+from library.data.scan import Listing, in_threads
 
 FALLBACK_EXTENSION = ".txt"
 NO_FILES = ".none"  # caption_extension = "none": captions are the class tokens, whatever files there are

@@ -25,9 +25,9 @@ from library.data.buckets import BucketRule, Placement, bucket_info, bucket_rule
 from library.data.decode import read_mask, read_picture
 from library.data.images import Framing
 from library.data.plan import MicroBatch, Plan, PlannedImage, Sample
+from library.data.problems import Problems
 from library.data.readers import CachedText, LatentReader, TextReader
 from library.data.records import Batch, ImageRecord, TextCond
-from library.data.scan import Problems
 from library.errors import DatasetError, UserError
 from library.randomness import Visit
 

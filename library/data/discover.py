@@ -22,8 +22,9 @@ from library.data.formats import stem_of
 from library.data.headers import Header
 from library.data.info_file import read_info, write_info
 from library.data.metadata_files import read_metadata
+from library.data.problems import Problems, shown
 from library.data.records import ImageRecord
-from library.data.scan import Listing, Problems, list_folder, read_headers, scan, shown
+from library.data.scan import Listing, list_folder, read_headers, scan
 from library.errors import DatasetError
 
 

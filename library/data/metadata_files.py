@@ -14,7 +14,7 @@ from pathlib import Path
 
 from library.config.dataset_settings import SubsetSettings
 from library.data import formats
-from library.data.scan import Problems
+from library.data.problems import Problems
 from library.errors import DatasetError
 
 

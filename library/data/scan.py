@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,37 +18,16 @@ from PIL import Image, UnidentifiedImageError
 
 from library.data import formats, size_cache
 from library.data.headers import READ_ERRORS, Header, read_header
+from library.data.problems import Problems, shown
 from library.data.size_cache import Noted
 from library.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 5  # problems spelled out in a message
 _CHUNK = 256  # files handed to a thread at once
 _MANY = 20_000  # files whose reading is announced
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Problems:
-    """Everything found wrong so far, each as (path, what), once."""
-
-    items: dict[tuple[Path, str], None] = field(default_factory=dict)
-
-    def add(self, path: Path, what: str) -> None:
-        """Note one problem."""
-        self.items[path, what] = None
-
-    def check(self) -> None:
-        """Raise DatasetError with the first few problems if there is any."""
-        if not self.items:
-            return
-        listed = ", ".join(f"{path} {what}" for path, what in list(self.items)[:SHOWN])
-        rest = len(self.items) - SHOWN
-        more = f", and {rest} more" if rest > 0 else ""
-        number = "one problem" if len(self.items) == 1 else f"{len(self.items)} problems"
-        raise DatasetError(f"the training data has {number}: {listed}{more}; correct or remove them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +123,6 @@ def in_threads(read: Callable[[str], T], items: Sequence[str]) -> list[T]:
 
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
         return [one for chunk in pool.map(read_chunk, range(0, len(items), _CHUNK)) for one in chunk]
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    listed = ", ".join(names[:SHOWN])
-    return listed + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _problem(error: Exception) -> str:
