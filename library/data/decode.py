@@ -48,21 +48,34 @@ class Picture:
         return (self.rgb.shape[1], self.rgb.shape[0])
 
 
+class Undecodable(DatasetError):
+    """A picture's header could be read but its pixels cannot."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        self.what = f"cannot be decoded ({reason})"
+        super().__init__(f"{path} {self.what}; replace or remove it")
+
+    def __reduce__(self) -> tuple[type[Undecodable], tuple[Path, str]]:
+        return Undecodable, (self.path, self.reason)  # it may come from a loader's process
+
+
 def read_picture(path: Path) -> Picture:
-    """Decode the first frame. Raises DatasetError naming the file."""
+    """Decode the first frame. Raises Undecodable."""
     formats.readable()
     try:
         with Image.open(path) as image:
             orientation = orientation_of(image)
             rgb, alpha = _decode(image)
     except READ_ERRORS as error:
-        raise _undecodable(path, error) from error
+        raise Undecodable(path, str(error)) from error
     upright = np.asarray(_turned(rgb, orientation))
     return Picture(upright, np.asarray(_turned(alpha, orientation)) if alpha is not None else None)
 
 
 def read_mask(path: Path) -> Pixels:
-    """[H, W]: the red channel of a mask picture as it is stored, upright. Raises DatasetError naming the file.
+    """[H, W]: the red channel of a mask picture as it is stored, upright. Raises Undecodable.
 
     A mask's values are weights, not colours: neither profile nor transparency changes them.
     """
@@ -72,12 +85,8 @@ def read_mask(path: Path) -> Pixels:
             orientation = orientation_of(image)
             red = _grey(image) if image.mode in _DEEP_GREY else image.convert("RGB").getchannel("R")
     except READ_ERRORS as error:
-        raise _undecodable(path, error) from error
+        raise Undecodable(path, str(error)) from error
     return np.asarray(_turned(red, orientation))
-
-
-def _undecodable(path: Path, error: Exception) -> DatasetError:
-    return DatasetError(f"{path} cannot be decoded ({error}); replace or remove it")
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:

@@ -159,7 +159,7 @@ def _webp(head: bytes, length: int) -> Header | None:
 def _bmp(head: bytes, length: int) -> Header | None:
     size, width, height, planes, depth, packing = struct.unpack_from("<IiiHHI", head, 14)
     plain = size in (40, 108, 124) and planes == 1 and depth in (1, 4, 8, 24) and packing == 0
-    return Header((width, abs(height))) if plain and width > 0 else None
+    return Header((width, abs(height))) if plain and width > 0 and length >= 14 + size else None
 
 
 _PARSERS: dict[bytes, Callable[[bytes, int], Header | None]] = {
