@@ -30,14 +30,6 @@ class Captions:
     notices: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """A caption file's caption, or what is wrong with the file."""
-
-    caption: str = ""
-    problem: str = ""
-
-
 def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems) -> Captions:
     """Captions of all images of a folder; `class_tokens` stand in where there is no file."""
     asked = settings.caption_extension
@@ -54,7 +46,7 @@ def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems
             )
     texts = _read_all(listing, sorted(set(files.values())), problems, every_line=settings.enable_wildcard)
     stand_in = settings.class_tokens or ""
-    found = {image: texts[files[image]].caption if image in files else stand_in for image in listing.images}
+    found = {image: (texts[files[image]] or "") if image in files else stand_in for image in listing.images}
     missing = [image for image in listing.images if image not in files]
     if not files and listing.images and not settings.class_tokens and settings.caption_dropout_rate < 1:
         # Kohya would train the whole folder on the empty caption, which is hardly ever meant.
@@ -65,7 +57,7 @@ def read_captions(listing: Listing, settings: SubsetSettings, problems: Problems
         )
     elif missing and extension != NO_FILES:
         notices.append(_missing_notice(missing, listing, settings, extension))
-    blank = [name for name, text in texts.items() if not text.caption and not text.problem]
+    blank = [name for name, text in texts.items() if text == ""]
     if blank:
         notices.append(
             f"{shown(blank)} in {listing.folder}: the caption is empty because the first line is blank"
@@ -88,31 +80,33 @@ def _caption_files(listing: Listing, extension: str) -> dict[str, str]:
 
 def _read_all(
     listing: Listing, names: Sequence[str], problems: Problems, *, every_line: bool
-) -> dict[str, _Text]:
+) -> dict[str, str | None]:
+    """Captions by file name, None where something is wrong with the file."""
     place = os.fspath(listing.folder)
-    texts = in_threads(lambda name: _read(os.path.join(place, name), every_line=every_line), names)
-    for name, text in zip(names, texts, strict=True):
-        if text.problem:
-            problems.add(listing.folder / name, text.problem)
-    return dict(zip(names, texts, strict=True))
+    read = in_threads(lambda name: _read(os.path.join(place, name), every_line=every_line), names)
+    for name, (_, problem) in zip(names, read, strict=True):
+        if problem:
+            problems.add(listing.folder / name, problem)
+    return {name: None if problem else text for name, (text, problem) in zip(names, read, strict=True)}
 
 
-def _read(path: str, *, every_line: bool) -> _Text:
-    """The first line, or all lines that are not blank; an empty or undecodable file is a problem."""
+def _read(path: str, *, every_line: bool) -> tuple[str, str]:
+    """The first line, or all lines that are not blank, and what is wrong with the file: being empty or not
+    UTF-8.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
-            data = file.read()
-        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+            text = file.read().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
-        return _Text(problem=f"is not UTF-8 text (byte {error.start}): save it as UTF-8")
+        return "", f"is not UTF-8 text (byte {error.start}): save it as UTF-8"
     except OSError as error:
-        return _Text(problem=f"cannot be read ({error.strerror})")
+        return "", f"cannot be read ({error.strerror})"
     if not text:
-        return _Text(problem="is empty (write a caption or delete the file)")
+        return "", "is empty (write a caption or delete the file)"
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if every_line:
-        return _Text("\n".join(line.strip() for line in text.split("\n") if line.strip()))
-    return _Text(text.split("\n", 1)[0].strip())
+        return "\n".join(line.strip() for line in text.split("\n") if line.strip()), ""
+    return text.split("\n", 1)[0].strip(), ""
 
 
 def _missing_notice(

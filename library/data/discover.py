@@ -325,10 +325,14 @@ def _with_unique_names(
     Kohya's cache name goes to the first image of a stem in path order; the others keep their extension in it
     (`a.png` beside `a.jpg` caches as `a.png_...`).
     """
+    paths = {str(record.path) for records in (training, validation) for record in records}
     owners: dict[str, str] = {}
-    for path in map(str, (record.path for records in (training, validation) for record in records)):
+    for path in paths:
         stem = stem_of(path)
         owners[stem] = min(owners.get(stem, path), path)
+    keys = {record.key for records in (training, validation) for record in records}
+    if len(owners) == len(paths) and len(keys) == len(training) + len(validation):
+        return training, validation
     seen: Counter[str] = Counter()
 
     def renamed(record: ImageRecord) -> ImageRecord:
