@@ -119,9 +119,10 @@ def _read_subset(subset: SubsetSettings, problems: Problems, notices: list[str])
     found = (_from_metadata if subset.metadata_file else _from_folder)(subset, problems, notices)
     transparent = [one.name for one in found if one.header.alpha]
     if transparent and not subset.alpha_mask:
+        advice = "" if subset.conditioning_data_dir else ", set alpha_mask to leave it out of the loss"
         notices.append(
             f"{_source(subset)}: {len(transparent)} images have an alpha channel ({shown(transparent)}); what is "
-            "transparent is laid on white, set alpha_mask to leave it out of the loss"
+            f"transparent is laid on white{advice}"
         )
     elif found and subset.alpha_mask and not transparent:
         notices.append(f"{_source(subset)}: no image has an alpha channel, so alpha_mask masks nothing")

@@ -104,7 +104,7 @@ def _jpeg(head: bytes, length: int) -> Header | None:
     at = 2
     while True:
         mark, marker, segment = struct.unpack_from(">BBH", head, at)
-        if mark != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9:
+        if mark != 0xFF or not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9:
             return None
         if marker == 0xDA:
             return _header(*size, orientation or UPRIGHT, alpha=False) if size else None

@@ -68,6 +68,15 @@ def test_notes_before_the_frame_and_beyond_what_is_read(tmp_path):
         assert read_header(tmp_path / name).size == SIZE
 
 
+def test_filling_between_the_segments_of_a_jpeg(tmp_path):
+    path = tmp_path / "a.jpg"
+    halves().save(path)
+    whole = path.read_bytes()
+    frame = whole.index(b"\xff\xc0")
+    path.write_bytes(whole[:frame] + b"\xff\xff\xff" + whole[frame:])
+    assert read_header(path).size == SIZE
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
 def test_a_cut_header_is_judged_as_pillow_judges_it(tmp_path, suffix):
     rng = np.random.default_rng(0)
