@@ -20,6 +20,7 @@ from library.data.scan import Listing, in_threads
 
 FALLBACK_EXTENSION = ".txt"
 NO_FILES = ".none"  # caption_extension = "none": captions are the class tokens, whatever files there are
+_ONE_READ = 1 << 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,7 @@ def _read(path: str, *, every_line: bool) -> tuple[str, str]:
     UTF-8.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            text = file.read().removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = _content(path).removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         return "", f"is not UTF-8 text (byte {error.start}): save it as UTF-8"
     except OSError as error:
@@ -107,6 +107,18 @@ def _read(path: str, *, every_line: bool) -> tuple[str, str]:
     if every_line:
         return "\n".join(line.strip() for line in text.split("\n") if line.strip()), ""
     return text.split("\n", 1)[0].strip(), ""
+
+
+def _content(path: str) -> bytes:
+    """All of a file. Nearly every caption fits into one read, which takes half the time of `open`."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        data = os.read(descriptor, _ONE_READ)
+        while len(data) >= _ONE_READ and (more := os.read(descriptor, _ONE_READ)):
+            data += more
+    finally:
+        os.close(descriptor)
+    return data
 
 
 def _missing_notice(

@@ -135,6 +135,8 @@ def test_what_counts_as_an_image(tmp_path):
         ("hälf\r\n\r\n  two  \r\n".encode(), True, "hälf\ntwo"),
         (b"\nsecond", False, ""),
         ("a\u2028b".encode(), False, "a\u2028b"),
+        (b"x" * 65536, False, "x" * 65536),
+        (b"x" * 200_000 + b"\rsecond", False, "x" * 200_000),
     ],
 )
 def test_caption_files(tmp_path, content, wildcard, caption):
