@@ -19,8 +19,8 @@ from library.data.captions import PLACEHOLDER, holds, moves_tags
 from library.data.dataset import TrainingData, place_records
 from library.data.discover import Discovered, discover
 from library.data.plan import Plan, PlanSettings, units_per_step
+from library.data.problems import shown
 from library.data.records import ImageRecord
-from library.data.scan import SHOWN
 from library.errors import ConfigError
 from library.models import identify
 from library.models.block_swap import SwapPlan
@@ -116,9 +116,12 @@ def _trigger_notices(datasets: Sequence[DatasetSettings], found: Discovered) -> 
     """Where only some captions of a subset have the trigger word, or [trigger] stands for nothing: oversights,
     perhaps.
     """
+    by_subset: dict[tuple[int, int], list[ImageRecord]] = {}
+    for record in found.records:
+        by_subset.setdefault((record.dataset, record.subset), []).append(record)
     for report in found.subsets:
         trigger = datasets[report.dataset].subsets[report.subset].trigger_word
-        records = [r for r in found.records if (r.dataset, r.subset) == (report.dataset, report.subset)]
+        records = by_subset.get((report.dataset, report.subset), [])
         if trigger:
             odd = [r for r in records if not holds(r.caption.replace(PLACEHOLDER, trigger), trigger)]
             said = f"lack the trigger word {trigger!r} and get it put first"
@@ -126,9 +129,8 @@ def _trigger_notices(datasets: Sequence[DatasetSettings], found: Discovered) -> 
             odd = [r for r in records if PLACEHOLDER in r.caption]
             said = f"have {PLACEHOLDER} and keep it as it is, since there is no trigger_word for them"
         if odd and (not trigger or len(odd) < len(records)):
-            names = ", ".join(record.path.name for record in odd[:SHOWN])
-            rest = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
-            yield f"{report.name}: {len(odd)} of {len(records)} captions {said}: {names}{rest}"
+            names = shown([record.path.name for record in odd])
+            yield f"{report.name}: {len(odd)} of {len(records)} captions {said}: {names}"
 
 
 @contextmanager

@@ -24,6 +24,8 @@ OWN = {
     "conditioning_data_dir",
     "is_reg",
 }  # stand in a subset only, no fall-back
+# Keys that Kohya's trainer has not, or only in newer versions (skip_image_resolution), and where they stand.
+OURS = {"skip_image_resolution": ["general", "dataset"], "trigger_word": list(LEVELS)}
 # Values for subset, dataset, general and the command line where those of the type will not do.
 VALUES = {
     "resolution": (512, 768, 1024, 1280),
@@ -87,8 +89,8 @@ def as_read(name: str, value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def test_keys_are_kohyas_and_skip_image_resolution_of_newer_versions():
-    assert set(KEYS) == set(SCHEMA) | {"skip_image_resolution"}
+def test_keys_are_kohyas_and_ours():
+    assert set(KEYS) == set(SCHEMA) | set(OURS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,9 +114,8 @@ def test_a_key_may_stand_where_kohya_allows_it(resolve, name, level, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", sorted(set(KEYS) - OWN - {"network_multiplier"}))
 def test_the_nearest_table_wins_and_the_option_comes_last(resolve, name, kind):
-    known = SCHEMA.get(
-        name, {"levels": ["general", "dataset"], "dataset_kinds": list(KINDS), "cli_fallback": name}
-    )
+    ours = {"levels": OURS.get(name), "dataset_kinds": list(KINDS), "cli_fallback": name}
+    known = SCHEMA.get(name, ours)
     if kind not in known["dataset_kinds"]:
         pytest.skip(f"{kind} does not know {name}")
     values = values_of(name, kind)
