@@ -150,8 +150,9 @@ def latent_needs(*sources: TrainingData) -> tuple[LatentNeed, ...]:
     for data in sources:
         for record, placement in zip(data.records, data.placements, strict=True):
             need = _need(data, record, placement)
-            other = found.get((need.path, need.suffix))
-            found[(need.path, need.suffix)] = need if other is None else _merged(other, need)
+            key = (need.path, need.suffix)
+            other = found.get(key)
+            found[key] = need if other is None else _merged(other, need)
     return tuple(found.values())
 
 

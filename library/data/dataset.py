@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -247,7 +248,15 @@ def is_dropped(data: TrainingData, record: ImageRecord, *, visit: int, epoch: in
 
 
 def _caption_draws(data: TrainingData, record: ImageRecord, visit: int) -> np.random.Generator:
+    subset = data.subset(record)
+    if not captions.varies(subset) and not captions.may_drop(subset):
+        return _never_drawn_from()  # making one for each of many captions takes seconds
     return randomness.generator(data.seed, Visit(record.key, visit), "caption")
+
+
+@cache
+def _never_drawn_from() -> np.random.Generator:
+    return np.random.default_rng(0)
 
 
 def _read_caption(data: TrainingData, sample: Sample, micro: MicroBatch) -> tuple[str, CachedText | None]:

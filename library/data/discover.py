@@ -54,7 +54,8 @@ class Discovered:
     records: tuple[ImageRecord, ...]
     validation: tuple[ImageRecord, ...]
     subsets: tuple[SubsetReport, ...]
-    notices: tuple[str, ...]
+    notices: tuple[str, ...]  # what may not be meant
+    asides: tuple[str, ...] = ()  # what is done with pictures that are in order
 
 
 class _Found(NamedTuple):
@@ -81,6 +82,7 @@ def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
     """
     problems = Problems()
     notices: list[str] = []
+    asides: list[str] = []
     records: list[ImageRecord] = []
     validation: list[ImageRecord] = []
     reports: list[SubsetReport] = []
@@ -88,6 +90,7 @@ def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
         of_dataset: list[ImageRecord] = []
         for number, subset in enumerate(dataset.subsets):
             found = _read_subset(subset, problems, notices)
+            asides += _transparent(found, subset)
             made = [_record(one, index, number, subset) for one in found]
             kept, held = (_large_enough(part, dataset) for part in _split(made, subset, seed=seed))
             skipped = len(made) - len(kept) - len(held)
@@ -104,7 +107,12 @@ def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
             "skip_image_resolution"
         )
     training, held_back = _with_unique_names(records, validation)
-    return Discovered(tuple(training), tuple(held_back), tuple(reports), tuple(dict.fromkeys(notices)))
+    return Discovered(
+        tuple(training),
+        tuple(held_back),
+        tuple(reports),
+        *(tuple(dict.fromkeys(said)) for said in (notices, asides)),
+    )
 
 
 def tag_frequency(discovered: Discovered) -> dict[str, dict[str, int]]:
@@ -117,18 +125,23 @@ def tag_frequency(discovered: Discovered) -> dict[str, dict[str, int]]:
 
 def _read_subset(subset: SubsetSettings, problems: Problems, notices: list[str]) -> list[_Found]:
     found = (_from_metadata if subset.metadata_file else _from_folder)(subset, problems, notices)
-    transparent = [one.name for one in found if one.header.alpha]
-    if transparent and not subset.alpha_mask:
-        advice = "" if subset.conditioning_data_dir else ", set alpha_mask to leave it out of the loss"
-        notices.append(
-            f"{_source(subset)}: {len(transparent)} images have an alpha channel ({shown(transparent)}); what is "
-            f"transparent is laid on white{advice}"
-        )
-    elif found and subset.alpha_mask and not transparent:
+    if found and subset.alpha_mask and not any(one.header.alpha for one in found):
         notices.append(f"{_source(subset)}: no image has an alpha channel, so alpha_mask masks nothing")
     if subset.conditioning_data_dir is not None:
         return _with_masks(found, subset.conditioning_data_dir, problems)
     return found
+
+
+def _transparent(found: list[_Found], subset: SubsetSettings) -> list[str]:
+    """What to say of images with transparency that is not used as a mask."""
+    names = [one.name for one in found if one.header.alpha]
+    if not names or subset.alpha_mask:
+        return []
+    advice = "" if subset.conditioning_data_dir else "; alpha_mask would leave it out of the loss"
+    return [
+        f"{_source(subset)}: {len(names)} images have an alpha channel ({shown(names)}), what is transparent is laid "
+        f"on white{advice}"
+    ]
 
 
 def _source(subset: SubsetSettings) -> Path:

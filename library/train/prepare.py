@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from library.models.block_swap import SwapPlan
 from library.models.identify import Part
 from library.models.locate import locate
 from library.models.params import FluxParams
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ def read_data(config: TrainConfig, *, seed: int, world_size: int) -> Data:
         still = tuple(_without_chance(dataset) for dataset in datasets)
         validation = _training_data(still, found.validation, seed=_validation_seed(config, seed))
         validation_plan = _validation_plan(config, validation, world_size=world_size)
+    for aside in found.asides:
+        logger.info(aside)
     said = (*notices.all(), *found.notices, *_trigger_notices(datasets, found))
     return Data(datasets, found, training, plan, validation, validation_plan, said)
 
