@@ -8,6 +8,7 @@ never by the run's seed, the rank or the batch: latents are the same however the
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,14 @@ from library.cache.survey import CacheOptions, Work
 from library.cache.text import TextNeed, TextOptions, TextStore
 from library.data import images
 from library.data.buckets import Size
+from library.data.decode import Undecodable, read_picture
+from library.data.problems import Problems
 from library.data.readers import CachedText
 from library.data.records import TextCond
 from library.errors import ConfigError, DatasetError
 from library.randomness import Visit
+
+logger = logging.getLogger(__name__)
 
 EncodeImages = Callable[[Tensor, Tensor], Tensor]  # images [B, 3, H, W], noise [B, 16, h, w] -> [B, 16, h, w]
 EncodeCaptions = Callable[[list[str]], TextCond]
@@ -49,13 +54,16 @@ def build_latents(
 ) -> int:
     """Encode all of `work`; returns how many images were encoded.
 
-    Raises ConfigError if the autoencoder gives values that are not finite, DatasetError for an unreadable
-    image or a file that cannot be written.
+    An image that cannot be decoded is left for the end, so that all of them are known after one pass. Raises
+    DatasetError for them and for a file that cannot be written, ConfigError if the autoencoder gives values that
+    are not finite.
     """
     on_disk = set(work.to_write)
     total = len(work.to_write) + len(work.to_keep)
     done = 0
-    for batch, decoded in _decoded_ahead(_batches([*work.to_write, *work.to_keep], options.batch_size)):
+    problems = Problems()
+    batches = _batches([*work.to_write, *work.to_keep], options.batch_size)
+    for batch, decoded in _decoded_ahead(batches, problems):
         for need, entry in zip(batch, _encode_batch(batch, decoded, encode), strict=True):
             if need in on_disk:
                 with _writing(need.path):
@@ -65,6 +73,7 @@ def build_latents(
         done += len(batch)
         if options.progress is not None:
             options.progress(done, total)
+    problems.check()
     return done
 
 
@@ -139,22 +148,43 @@ def _batches(needs: Sequence[LatentNeed], size: int) -> list[list[LatentNeed]]:
     ]
 
 
-def _decoded_ahead(batches: list[list[LatentNeed]]) -> Iterator[tuple[list[LatentNeed], list[_Decoded]]]:
-    """Batches with their pixels; the next one is decoded while the caller encodes this one."""
+def _decoded_ahead(
+    batches: list[list[LatentNeed]], problems: Problems
+) -> Iterator[tuple[list[LatentNeed], list[_Decoded]]]:
+    """Batches with their pixels, less what cannot be decoded; the next one is decoded while the caller encodes
+    this one.
+    """
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
 
-        def submit(number: int) -> list[Future[_Decoded]]:
-            return [pool.submit(_decode, need) for need in batches[number]] if number < len(batches) else []
+        def submit(number: int) -> list[Future[_Decoded | Undecodable]]:
+            return [pool.submit(_try, need) for need in batches[number]] if number < len(batches) else []
 
         coming = submit(0)
         for number, batch in enumerate(batches):
             present, coming = coming, submit(number + 1)
-            yield batch, [future.result() for future in present]
+            needs, pixels = [], []
+            for need, future in zip(batch, present, strict=True):
+                result = future.result()
+                if isinstance(result, Undecodable):
+                    logger.warning(result)
+                    problems.add(result.path, result.what)
+                else:
+                    needs.append(need)
+                    pixels.append(result)
+            if needs:
+                yield needs, pixels
+
+
+def _try(need: LatentNeed) -> _Decoded | Undecodable:
+    try:
+        return _decode(need)
+    except Undecodable as error:
+        return error
 
 
 def _decode(need: LatentNeed) -> _Decoded:
     """Pixels of one need, and its alpha mask, all ones for a picture without alpha."""
-    picture = images.read_picture(need.record.path)
+    picture = read_picture(need.record.path)
     framing = images.frame(need.placement)
     image = images.image_tensor(images.render(picture.rgb, framing, need.interpolation))
     if not need.mask:

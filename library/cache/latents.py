@@ -21,7 +21,7 @@ from torch import Tensor
 from library.cache import npz, source
 from library.data.buckets import Placement, Size, crop_box
 from library.data.dataset import TrainingData
-from library.data.images import PIXELS_VERSION
+from library.data.decode import PIXELS_VERSION
 from library.data.readers import CachedLatents
 from library.data.records import ImageRecord
 from library.data.resize import effective_interpolation
@@ -150,8 +150,9 @@ def latent_needs(*sources: TrainingData) -> tuple[LatentNeed, ...]:
     for data in sources:
         for record, placement in zip(data.records, data.placements, strict=True):
             need = _need(data, record, placement)
-            other = found.get((need.path, need.suffix))
-            found[(need.path, need.suffix)] = need if other is None else _merged(other, need)
+            key = (need.path, need.suffix)
+            other = found.get(key)
+            found[key] = need if other is None else _merged(other, need)
     return tuple(found.values())
 
 

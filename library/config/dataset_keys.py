@@ -71,6 +71,7 @@ _KEYS = (
     _like("batch_size", UPPER, option="train_batch_size"),
     _like("resolution", UPPER),
     *(_like(name, UPPER) for name in _BUCKETS),
+    _like("skip_image_resolution", UPPER),
     _own("network_multiplier", "float", UPPER),
     _like("num_repeats", EVERYWHERE, option="dataset_repeats"),
     *(_like(name, EVERYWHERE) for name in _PLAIN),

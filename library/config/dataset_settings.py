@@ -63,6 +63,7 @@ class DatasetSettings:
     max_bucket_reso: int = 1024  # likewise
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
+    skip_image_resolution: tuple[int, int] | None = None  # images of at most this area are left out
     resize_interpolation: str | None = None
     validation_split: float = 0.0
     validation_seed: int | None = None

@@ -60,6 +60,8 @@ def _resolve(
         raise ConfigError(
             f"{table.place}: resolution is missing: set it there or as --resolution, such as 1024"
         )
+    if "network_multiplier" in table.values or "network_multiplier" in general:
+        notices.remarks.append(f"{table.place}: network_multiplier has no effect, as in Kohya's trainer")
     subsets = []
     seen: set[object] = set()
     for subset in table.subsets:

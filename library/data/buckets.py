@@ -11,8 +11,9 @@ read. Sizes are (width, height) in pixels.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -33,11 +34,38 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Shapes:
+    """Predefined resolutions, sorted by aspect ratio so that the nearest one is found at once."""
+
+    sizes: frozenset[Size]
+    aspects: tuple[float, ...]  # ascending, each once
+    by_aspect: tuple[Size, ...]  # the first size of each
+
+    @classmethod
+    def of(cls, sizes: Iterable[Size]) -> Shapes:
+        """From the sizes; of those with one aspect ratio the smallest is chosen."""
+        first: dict[float, Size] = {}
+        for size in sorted(sizes):
+            first.setdefault(size[0] / size[1], size)
+        aspects = tuple(sorted(first))
+        return cls(frozenset(sizes), aspects, tuple(first[aspect] for aspect in aspects))
+
+    def nearest(self, size: Size) -> Size:
+        """The size itself if it is one, else that of nearest aspect ratio, the one of lesser width on ties."""
+        if size in self.sizes:
+            return size
+        aspect = size[0] / size[1]
+        place = bisect_left(self.aspects, aspect)
+        neighbours = range(max(place - 1, 0), min(place + 1, len(self.aspects)))
+        return min((abs(self.aspects[i] - aspect), self.by_aspect[i]) for i in neighbours)[1]
+
+
+@dataclass(frozen=True, slots=True)
 class BucketRule:
     """How one dataset places its images."""
 
     resolution: Size
-    resolutions: tuple[Size, ...]  # predefined, ascending; empty under no_upscale
+    shapes: Shapes  # empty under no_upscale
     step: int  # pixels
     no_upscale: bool
 
@@ -45,7 +73,7 @@ class BucketRule:
         """Placement of an image of this size."""
         if self.no_upscale:
             return place_without_upscaling(size, area=self.resolution[0] * self.resolution[1], step=self.step)
-        return place_nearest(size, self.resolutions)
+        return place_nearest(size, self.shapes)
 
 
 def bucket_rule(settings: DatasetSettings) -> BucketRule:
@@ -55,10 +83,10 @@ def bucket_rule(settings: DatasetSettings) -> BucketRule:
     """
     resolution = settings.resolution
     if not settings.enable_bucket:
-        return BucketRule(resolution, (resolution,), PATCH, no_upscale=False)
+        return BucketRule(resolution, Shapes.of([resolution]), PATCH, no_upscale=False)
     step = settings.bucket_reso_steps
     if settings.bucket_no_upscale:
-        return BucketRule(resolution, (), step, no_upscale=True)
+        return BucketRule(resolution, Shapes.of(()), step, no_upscale=True)
     sizes = predefined_resolutions(
         resolution, smallest=settings.min_bucket_reso, largest=settings.max_bucket_reso, step=step
     )
@@ -67,7 +95,7 @@ def bucket_rule(settings: DatasetSettings) -> BucketRule:
             f"resolution {resolution[0]}x{resolution[1]} leaves no bucket with bucket_reso_steps={step}; "
             "raise the resolution or lower the step"
         )
-    return BucketRule(resolution, sizes, step, no_upscale=False)
+    return BucketRule(resolution, Shapes.of(sizes), step, no_upscale=False)
 
 
 def predefined_resolutions(resolution: Size, *, smallest: int, largest: int, step: int) -> tuple[Size, ...]:
@@ -83,11 +111,11 @@ def predefined_resolutions(resolution: Size, *, smallest: int, largest: int, ste
     return tuple(sorted(found))
 
 
-def place_nearest(size: Size, resolutions: Sequence[Size]) -> Placement:
-    """The resolution itself if it is one, else the one of nearest aspect ratio, the first on ties."""
+def place_nearest(size: Size, shapes: Shapes) -> Placement:
+    """Scale to cover the nearest of the shapes, up or down."""
     width, height = size
     aspect = width / height
-    bucket = size if size in resolutions else min(resolutions, key=lambda one: abs(one[0] / one[1] - aspect))
+    bucket = shapes.nearest(size)
     bucket_aspect = bucket[0] / bucket[1]
     scale = bucket[1] / height if aspect > bucket_aspect else bucket[0] / width
     resized = (int(width * scale + 0.5), int(height * scale + 0.5))
@@ -114,9 +142,8 @@ def place_without_upscaling(size: Size, *, area: int, step: int) -> Placement:
     bucket = (resized[0] // step * step, resized[1] // step * step)
     if min(bucket) == 0:
         raise DatasetError(
-            f"an image of {width}x{height} pixels, {resized[0]}x{resized[1]} in training, is smaller in one "
-            f"axis than bucket_reso_steps={step}; remove it, lower bucket_reso_steps or turn off "
-            "bucket_no_upscale"
+            f"is an image of {width}x{height} pixels, {resized[0]}x{resized[1]} in training, which is smaller in one "
+            f"axis than bucket_reso_steps={step}: remove it, lower bucket_reso_steps or turn off bucket_no_upscale"
         )
     return Placement(bucket, resized, bucket[0] / bucket[1] - aspect)
 

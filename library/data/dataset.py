@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from library import randomness
 from library.config.dataset_settings import DatasetSettings, SubsetSettings
 from library.data import captions, images
 from library.data.buckets import BucketRule, Placement, bucket_info, bucket_rule
+from library.data.decode import read_mask, read_picture
 from library.data.images import Framing
 from library.data.plan import MicroBatch, Plan, PlannedImage, Sample
+from library.data.problems import Problems
 from library.data.readers import CachedText, LatentReader, TextReader
 from library.data.records import Batch, ImageRecord, TextCond
 from library.errors import DatasetError, UserError
@@ -87,16 +90,20 @@ class Failure:
 def place_records(
     datasets: Sequence[DatasetSettings], records: Sequence[ImageRecord]
 ) -> tuple[Placement, ...]:
-    """A placement for every record. Raises DatasetError naming an image that is too small for its rule."""
+    """A placement for every record. Raises DatasetError naming the images that are too small for their rule."""
     rules = [bucket_rule(settings) for settings in datasets]
-    return tuple(_place(record, rules[record.dataset]) for record in records)
+    problems = Problems()
+    placed = [_place(record, rules[record.dataset], problems) for record in records]
+    problems.check()
+    return tuple(placement for placement in placed if placement is not None)
 
 
-def _place(record: ImageRecord, rule: BucketRule) -> Placement:
+def _place(record: ImageRecord, rule: BucketRule, problems: Problems) -> Placement | None:
     try:
         return rule.place(record.size)
     except DatasetError as error:
-        raise DatasetError(f"{record.path}: {error}") from error
+        problems.add(record.path, str(error))
+        return None
 
 
 class MicroBatchDataset(Dataset[Batch | Failure]):
@@ -174,7 +181,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor | None]:
     """Image [3, H, W] and mask [1, H, W] of one visit, not mirrored."""
     subset = data.subset(record)
-    picture = images.read_picture(record.path)
+    picture = read_picture(record.path)
     if picture.size != record.size:
         raise DatasetError(
             f"{record.path} changed its size since the run began; leave the data alone meanwhile"
@@ -220,8 +227,8 @@ def _framing(data: TrainingData, record: ImageRecord, placement: Placement, visi
 def _mask_picture(data: TrainingData, record: ImageRecord, framing: Framing) -> Tensor:
     """[1, H, W] from the red channel of the mask image, framed exactly as its image."""
     assert record.mask_path is not None
-    red = images.read_picture(record.mask_path).rgb[:, :, 0]
-    return images.mask_tensor(images.render(red, framing, data.interpolation(record)))
+    weights = read_mask(record.mask_path)
+    return images.mask_tensor(images.render(weights, framing, data.interpolation(record)))
 
 
 def undropped_caption(data: TrainingData, record: ImageRecord, *, visit: int, step: int) -> str:
@@ -241,7 +248,15 @@ def is_dropped(data: TrainingData, record: ImageRecord, *, visit: int, epoch: in
 
 
 def _caption_draws(data: TrainingData, record: ImageRecord, visit: int) -> np.random.Generator:
+    subset = data.subset(record)
+    if not captions.varies(subset) and not captions.may_drop(subset):
+        return _never_drawn_from()  # making one for each of many captions takes seconds
     return randomness.generator(data.seed, Visit(record.key, visit), "caption")
+
+
+@cache
+def _never_drawn_from() -> np.random.Generator:
+    return np.random.default_rng(0)
 
 
 def _read_caption(data: TrainingData, sample: Sample, micro: MicroBatch) -> tuple[str, CachedText | None]:

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from library import randomness
 from library.config.dataset_settings import DatasetSettings, SubsetSettings
 from library.data.caption_files import read_captions
-from library.data.images import Header
+from library.data.formats import stem_of
+from library.data.headers import Header
+from library.data.info_file import read_info, write_info
 from library.data.metadata_files import read_metadata
+from library.data.problems import Problems, shown
 from library.data.records import ImageRecord
-from library.data.scan import Listing, Problems, list_folder, read_headers, read_info, write_info
+from library.data.scan import Listing, list_folder, read_headers, scan
 from library.errors import DatasetError
 
 
@@ -35,7 +39,12 @@ class SubsetReport:
     num_repeats: int
     num_images: int  # without repeats, without those held back for validation
     num_validation: int
-    tag_frequency: Mapping[str, int]  # tag -> captions it occurs in, times it occurs there
+    tags: tuple[str, ...]  # of each image: its caption, or the tags of the metadata file
+
+    def tag_frequency(self) -> dict[str, int]:
+        """Tag -> how often it occurs in the captions."""
+        tags = (part.strip().lower() for text in self.tags for part in text.split(","))
+        return dict(Counter(tag for tag in tags if tag))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +54,24 @@ class Discovered:
     records: tuple[ImageRecord, ...]
     validation: tuple[ImageRecord, ...]
     subsets: tuple[SubsetReport, ...]
-    notices: tuple[str, ...]
+    notices: tuple[str, ...]  # what may not be meant
+    asides: tuple[str, ...] = ()  # what is done with pictures that are in order
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(NamedTuple):
     """One image of a subset before it becomes a record."""
 
-    path: Path
+    folder: Path
+    name: str
     header: Header
     caption: str
     tags: str
     mask: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """Of the image."""
+        return self.folder / self.name
 
 
 def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
@@ -67,6 +82,7 @@ def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
     """
     problems = Problems()
     notices: list[str] = []
+    asides: list[str] = []
     records: list[ImageRecord] = []
     validation: list[ImageRecord] = []
     reports: list[SubsetReport] = []
@@ -74,8 +90,12 @@ def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
         of_dataset: list[ImageRecord] = []
         for number, subset in enumerate(dataset.subsets):
             found = _read_subset(subset, problems, notices)
+            asides += _transparent(found, subset)
             made = [_record(one, index, number, subset) for one in found]
-            kept, held = _split(made, subset, seed=seed)
+            kept, held = (_large_enough(part, dataset) for part in _split(made, subset, seed=seed))
+            skipped = len(made) - len(kept) - len(held)
+            if skipped:
+                notices.append(_skipped_notice(skipped, len(made), dataset, subset))
             of_dataset += kept
             validation += [replace(record, num_repeats=1) for record in held]
             reports.append(_report(found, kept, held, index, number, subset))
@@ -83,91 +103,127 @@ def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
     problems.check()
     if not records:
         raise DatasetError(
-            "there is no training image; check the image folders, num_repeats and validation_split"
+            "there is no training image; check the image folders, num_repeats, validation_split and "
+            "skip_image_resolution"
         )
-    training, held_back = _with_unique_names([*records], [*validation])
-    return Discovered(tuple(training), tuple(held_back), tuple(reports), tuple(notices))
+    training, held_back = _with_unique_names(records, validation)
+    return Discovered(
+        tuple(training),
+        tuple(held_back),
+        tuple(reports),
+        *(tuple(dict.fromkeys(said)) for said in (notices, asides)),
+    )
 
 
 def tag_frequency(discovered: Discovered) -> dict[str, dict[str, int]]:
     """Kohya's ss_tag_frequency: tags counted by folder name over all subsets of that name."""
     totals: dict[str, Counter[str]] = defaultdict(Counter)
     for report in discovered.subsets:
-        totals[report.name].update(report.tag_frequency)
+        totals[report.name].update(report.tag_frequency())
     return {name: dict(counts) for name, counts in totals.items()}
 
 
 def _read_subset(subset: SubsetSettings, problems: Problems, notices: list[str]) -> list[_Found]:
     found = (_from_metadata if subset.metadata_file else _from_folder)(subset, problems, notices)
+    if found and subset.alpha_mask and not any(one.header.alpha for one in found):
+        notices.append(f"{_source(subset)}: no image has an alpha channel, so alpha_mask masks nothing")
     if subset.conditioning_data_dir is not None:
         return _with_masks(found, subset.conditioning_data_dir, problems)
     return found
 
 
+def _transparent(found: list[_Found], subset: SubsetSettings) -> list[str]:
+    """What to say of images with transparency that is not used as a mask."""
+    names = [one.name for one in found if one.header.alpha]
+    if not names or subset.alpha_mask:
+        return []
+    advice = "" if subset.conditioning_data_dir else "; alpha_mask would leave it out of the loss"
+    return [
+        f"{_source(subset)}: {len(names)} images have an alpha channel ({shown(names)}), what is transparent is laid "
+        f"on white{advice}"
+    ]
+
+
+def _source(subset: SubsetSettings) -> Path:
+    source = subset.metadata_file or subset.image_dir
+    assert source is not None
+    return source
+
+
 def _from_folder(subset: SubsetSettings, problems: Problems, notices: list[str]) -> list[_Found]:
     assert subset.image_dir is not None
     listing = list_folder(subset.image_dir)
-    if listing.overlooked:
-        names = ", ".join(listing.overlooked)
-        notices.append(
-            f"{listing.folder}: extensions must be in lower or in upper case, so {names} are left out"
-        )
+    notices += listing.notices
     if not listing.images:
-        problems.add(listing.folder, "holds no image")
+        problems.add(listing.folder, " ".join(("holds no image", *(f"({n})" for n in listing.notices))))
         return []
     captions = read_captions(listing, subset, problems)
-    notices += captions.notices
-    headers = _headers(listing, subset, problems)
-    found = [
-        _Found(path, headers[path], captions.by_image[path], captions.by_image[path])
-        for path in listing.images
-        if path in headers
-    ]
+    notices += [*captions.notices, *_shared_stems(listing)]
+    texts = captions.by_image
     if subset.cache_info:
-        notice = write_info(listing.folder, [(one.path, one.header, one.caption) for one in found])
+        noted = scan(listing.folder, listing.images, read_info(listing.folder), problems)
+        notice = write_info(listing.folder, [(name, one, texts[name]) for name, one in noted.items()])
         notices += [notice] if notice else []
-    return found
+        headers = {name: one.header for name, one in noted.items()}
+    else:
+        headers = read_headers(listing.folder, listing.images, problems)
+    return [
+        _Found(listing.folder, name, header, texts[name], texts[name]) for name, header in headers.items()
+    ]
 
 
-def _headers(listing: Listing, subset: SubsetSettings, problems: Problems) -> dict[Path, Header]:
-    known = read_info(listing.folder) if subset.cache_info else None
-    return read_headers(listing.images, problems, known=known)
+def _shared_stems(listing: Listing) -> list[str]:
+    """A notice if images differ in their endings only, as a.png and a.jpg do."""
+    by_stem: dict[str, list[str]] = {}
+    for name in listing.images:
+        by_stem.setdefault(stem_of(name), []).append(name)
+    shared = [" and ".join(names) for names in by_stem.values() if len(names) > 1]
+    if not shared:
+        return []
+    return [
+        f"{listing.folder}: images that differ in their endings only share a caption; all of them are trained on: "
+        f"{shown(shared)}"
+    ]
 
 
 def _from_metadata(subset: SubsetSettings, problems: Problems, notices: list[str]) -> list[_Found]:
     entries = read_metadata(subset, problems)
     if not entries:
         notices.append(f"metadata_file {subset.metadata_file} names no usable image")
-    headers = read_headers([entry.path for entry in entries], problems)
+    names: dict[Path, list[str]] = {}
+    for entry in entries:
+        names.setdefault(entry.path.parent, []).append(entry.path.name)
+    headers = {folder: read_headers(folder, of_folder, problems) for folder, of_folder in names.items()}
     return [
-        _Found(entry.path, headers[entry.path], entry.caption, entry.tags)
+        _Found(folder, name, headers[folder][name], entry.caption, entry.tags)
         for entry in entries
-        if entry.path in headers
+        if (name := entry.path.name) in headers[folder := entry.path.parent]
     ]
 
 
 def _with_masks(found: list[_Found], folder: Path, problems: Problems) -> list[_Found]:
     """Give each image the mask of its stem; both must be of one size and neither may be without the other."""
     listing = list_folder(folder)
-    masks = {path.stem: path for path in listing.images}
-    headers = read_headers(listing.images, problems)
-    for stem in sorted(masks.keys() - {one.path.stem for one in found}):
-        problems.add(masks[stem], "is a mask without an image")
+    masks = {stem_of(name): name for name in listing.images}
+    headers = read_headers(folder, listing.images, problems)
+    stems = [stem_of(one.name) for one in found]
+    for stem in sorted(masks.keys() - set(stems)):
+        problems.add(folder / masks[stem], "is a mask without an image")
     paired = []
-    for one in found:
-        mask = masks.get(one.path.stem)
+    for one, stem in zip(found, stems, strict=True):
+        mask = masks.get(stem)
         if mask is None:
             problems.add(one.path, f"has no mask in {folder}")
         elif mask in headers and headers[mask].size != one.header.size:
-            problems.add(mask, f"is {headers[mask].size} pixels but its image is {one.header.size}")
+            problems.add(folder / mask, f"is {headers[mask].size} pixels but its image is {one.header.size}")
         else:
-            paired.append(replace(one, mask=mask))
+            paired.append(one._replace(mask=folder / mask))
     return paired
 
 
 def _record(found: _Found, dataset: int, number: int, subset: SubsetSettings) -> ImageRecord:
     return ImageRecord(
-        key=f"{dataset}/{found.path.parent.name}/{found.path.name}",
+        key=f"{dataset}/{found.folder.name}/{found.name}",
         path=found.path,
         size=found.header.size,
         caption=found.caption,
@@ -177,6 +233,27 @@ def _record(found: _Found, dataset: int, number: int, subset: SubsetSettings) ->
         is_reg=subset.is_reg,
         orientation=found.header.orientation,
         mask_path=found.mask,
+    )
+
+
+def _large_enough(made: list[ImageRecord], dataset: DatasetSettings) -> list[ImageRecord]:
+    """Without those of at most the area of skip_image_resolution.
+
+    Applied after the split, so that datasets over one folder hold back the same images.
+    """
+    if dataset.skip_image_resolution is None:
+        return made
+    area = math.prod(dataset.skip_image_resolution)
+    return [record for record in made if math.prod(record.size) > area]
+
+
+def _skipped_notice(skipped: int, total: int, dataset: DatasetSettings, subset: SubsetSettings) -> str:
+    assert dataset.skip_image_resolution is not None
+    width, height = dataset.skip_image_resolution
+    return (
+        f"{_source(subset)}: {skipped} of {total} images are left out at resolution "
+        f"{dataset.resolution[0]}x{dataset.resolution[1]}, having no more pixels than skip_image_resolution = "
+        f"{width}x{height}"
     )
 
 
@@ -242,11 +319,15 @@ def _report(
     number: int,
     subset: SubsetSettings,
 ) -> SubsetReport:
-    tags = Counter(tag for one in found for part in one.tags.split(",") if (tag := part.strip().lower()))
-    source = subset.metadata_file or subset.image_dir
-    assert source is not None
     return SubsetReport(
-        dataset, number, source.name, subset.is_reg, subset.num_repeats, len(kept), len(held), dict(tags)
+        dataset=dataset,
+        subset=number,
+        name=_source(subset).name,
+        is_reg=subset.is_reg,
+        num_repeats=subset.num_repeats,
+        num_images=len(kept),
+        num_validation=len(held),
+        tags=tuple(one.tags for one in found),
     )
 
 
@@ -258,16 +339,24 @@ def _with_unique_names(
     Kohya's cache name goes to the first image of a stem in path order; the others keep their extension in it
     (`a.png` beside `a.jpg` caches as `a.png_...`).
     """
-    owners: dict[Path, Path] = {}
-    for path in sorted({record.path for record in training + validation}, key=str):
-        owners.setdefault(path.with_suffix(""), path)
+    paths = {str(record.path) for records in (training, validation) for record in records}
+    owners: dict[str, str] = {}
+    for path in paths:
+        stem = stem_of(path)
+        owners[stem] = min(owners.get(stem, path), path)
+    keys = {record.key for records in (training, validation) for record in records}
+    if len(owners) == len(paths) and len(keys) == len(training) + len(validation):
+        return training, validation
     seen: Counter[str] = Counter()
 
     def renamed(record: ImageRecord) -> ImageRecord:
         seen[record.key] += 1
         count = seen[record.key]
+        path = str(record.path)
+        owner = owners[stem_of(path)] == path
+        if count == 1 and owner:
+            return record
         key = record.key if count == 1 else f"{record.key}#{count}"
-        name = "" if owners[record.path.with_suffix("")] == record.path else record.path.name
-        return replace(record, key=key, cache_name=name)
+        return replace(record, key=key, cache_name="" if owner else record.path.name)
 
     return [renamed(record) for record in training], [renamed(record) for record in validation]

@@ -1,8 +1,6 @@
-"""From an image file to the tensor that the autoencoder takes, and the mask that goes with it.
+"""From decoded pixels to the tensor that the autoencoder takes, and the mask that goes with it.
 
-Unlike Kohya's, these pixels honour EXIF orientation, scale 16-bit grey instead of clipping it, and lay
-transparent pictures on white instead of showing the colours hidden under the transparency. Colour profiles
-are not applied. Every random decision is drawn from generators of one visit of one sample.
+Every random decision is drawn from generators of one visit of one sample.
 """
 
 from __future__ import annotations
@@ -19,47 +17,11 @@ from torch import Tensor
 from library import randomness
 from library.data.buckets import Placement, Size, centre_offset
 from library.data.resize import Pixels, resize
-from library.errors import DatasetError
 from library.randomness import Visit
 
-READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-PIXELS_VERSION = 1  # part of every cache entry's fingerprint; rises when the same file gives other pixels
 COLOUR_PROBABILITY = 0.33
 HUE_LIMIT = 8.0  # of 180 around the colour circle
 GAMMA_RANGE = (0.95, 1.05)
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_WITH_ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
-_SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What the first bytes of an image file tell."""
-
-    size: Size  # after orientation
-    orientation: int  # EXIF value, 1..8
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """Decoded pixels, upright; transparent ones already lie on white."""
-
-    rgb: Pixels  # [H, W, 3]
-    alpha: Pixels | None  # [H, W]
-
-    @property
-    def size(self) -> Size:
-        """Width and height."""
-        return (self.rgb.shape[1], self.rgb.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,52 +31,6 @@ class Framing:
     resized: Size
     offset: Size
     bucket: Size
-
-
-def read_header(path: Path) -> Header:
-    """Size and orientation without decoding. Raises one of READ_ERRORS."""
-    with Image.open(path) as image:
-        orientation = _orientation(image)
-        width, height = image.size
-    return Header((height, width) if orientation >= 5 else (width, height), orientation)
-
-
-def read_picture(path: Path) -> Picture:
-    """Decode the first frame. Raises DatasetError naming the file."""
-    try:
-        with Image.open(path) as image:
-            orientation = _orientation(image)
-            rgb, alpha = _decode(image)
-    except READ_ERRORS as error:
-        raise DatasetError(f"{path} cannot be decoded ({error}); replace or remove it") from error
-    if orientation in _UPRIGHT:
-        turn = _UPRIGHT[orientation]
-        rgb = rgb.transpose(turn)
-        alpha = alpha.transpose(turn) if alpha is not None else None
-    return Picture(np.asarray(rgb), np.asarray(alpha) if alpha is not None else None)
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation. A PNG is asked only for what stands before its pixels, else reading the header would
-    decode it all.
-    """
-    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
-        return 1
-    value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    return value if value in _UPRIGHT else 1
-
-
-def _decode(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """RGB laid on white, and the alpha channel if there is one."""
-    if image.mode in _SIXTEEN_BIT:
-        wide = np.asarray(image).astype(np.float64).clip(0, 65535)
-        grey = np.rint(wide * (255 / 65535)).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB"), None
-    if image.mode not in _WITH_ALPHA and "transparency" not in image.info:
-        return image.convert("RGB"), None
-    full = image.convert("RGBA")
-    white = Image.new("RGBA", full.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, full).convert("RGB"), full.getchannel("A")
 
 
 def frame(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.config.dataset_settings import SubsetSettings
-from library.data.scan import Problems, image_extensions
+from library.data import formats
+from library.data.problems import Problems
 from library.errors import DatasetError
 
 
@@ -31,7 +32,7 @@ def read_metadata(settings: SubsetSettings, problems: Problems) -> tuple[Metadat
     assert settings.metadata_file is not None
     file = settings.metadata_file
     table = _load(file)
-    extensions = sorted(image_extensions())
+    extensions = sorted({one for suffix in formats.readable() for one in (suffix, suffix.upper())})
     entries = []
     for name in sorted(table, key=len, reverse=True):
         fields = table[name]

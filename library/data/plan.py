@@ -101,6 +101,7 @@ class Plan:
     images: tuple[PlannedImage, ...]
     settings: PlanSettings
     _epoch: tuple[int, tuple[tuple[Unit, ...], ...]] | None = field(default=None, init=False)
+    _report: tuple[BucketCount, ...] | None = field(default=None, init=False)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -127,7 +128,7 @@ class Plan:
 
     def step(self, index: int) -> Step:
         """The step of this number, from 0; steps past the end of the run exist too."""
-        epoch, within = divmod(index, self._cached_steps_per_epoch())
+        epoch, within = divmod(index, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, epoch_steps(self.images, self.settings, epoch))
         return Step(index, epoch, self._epoch[1][within])
@@ -141,14 +142,9 @@ class Plan:
 
     def report(self) -> tuple[BucketCount, ...]:
         """Images, samples and batches of every dataset's buckets, in ascending order."""
-        grouped: dict[tuple[int, Size], list[int]] = defaultdict(list)
-        for image in self.images:
-            grouped[(image.dataset, image.bucket)].append(image.num_repeats)
-        rows = []
-        for (dataset, bucket), repeats in sorted(grouped.items()):
-            batches = -(-sum(repeats) // self.settings.batch_sizes[dataset])
-            rows.append(BucketCount(dataset, bucket, len(repeats), sum(repeats), batches))
-        return tuple(rows)
+        if self._report is None:
+            self._report = tuple(self._count())
+        return self._report
 
     def fingerprint(self) -> str:
         """Hash of all that decides what a step holds. Not the length of the run, which may be extended on
@@ -157,8 +153,13 @@ class Plan:
         settings = (self.settings.seed, self.settings.batch_sizes, self.settings.units_per_step)
         return digest(settings, *self.images).hex()
 
-    def _cached_steps_per_epoch(self) -> int:
-        return len(self._epoch[1]) if self._epoch is not None else self.steps_per_epoch
+    def _count(self) -> Iterator[BucketCount]:
+        grouped: dict[tuple[int, Size], list[int]] = defaultdict(list)
+        for image in self.images:
+            grouped[(image.dataset, image.bucket)].append(image.num_repeats)
+        for (dataset, bucket), repeats in sorted(grouped.items()):
+            batches = -(-sum(repeats) // self.settings.batch_sizes[dataset])
+            yield BucketCount(dataset, bucket, len(repeats), sum(repeats), batches)
 
 
 def units_per_step(

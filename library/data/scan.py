@@ -1,50 +1,33 @@
 """Looking into one folder: which files are images, how large they are, and what is wrong with them.
 
-Only headers are read, in a thread pool. Problems are gathered, not raised, so that one message can list them
-all.
+Only headers are read, in threads, and what was read before is remembered: see `size_cache`. Problems are
+gathered, not raised, so that one message can list them all.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from library.data.images import READ_ERRORS, Header, read_header
+from library.data import formats, size_cache
+from library.data.headers import READ_ERRORS, Header, read_header
+from library.data.problems import Problems, shown
+from library.data.size_cache import Noted
 from library.errors import DatasetError
-from library.files import atomic
 
-_ALWAYS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_JXL_PLUGINS = ("pillow_jxl", "jxlpy.JXLImagePlugin")
-SHOWN = 5  # problems spelled out in a message
-INFO_FILE = "metadata_cache.json"
+logger = logging.getLogger(__name__)
 
+_CHUNK = 256  # files handed to a thread at once
+_MANY = 20_000  # files whose reading is announced
 
-@dataclass(slots=True)
-class Problems:
-    """Everything found wrong so far, each as (path, what)."""
-
-    items: list[tuple[Path, str]] = field(default_factory=list)
-
-    def add(self, path: Path, what: str) -> None:
-        """Note one problem."""
-        self.items.append((path, what))
-
-    def check(self) -> None:
-        """Raise DatasetError with the first few problems if there is any."""
-        if not self.items:
-            return
-        listed = ", ".join(f"{path} {what}" for path, what in self.items[:SHOWN])
-        rest = len(self.items) - SHOWN
-        more = f", and {rest} more" if rest > 0 else ""
-        number = "one problem" if len(self.items) == 1 else f"{len(self.items)} problems"
-        raise DatasetError(f"the training data has {number}: {listed}{more}; correct or remove them")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,30 +36,14 @@ class Listing:
 
     folder: Path
     names: frozenset[str]  # of all plain files
-    images: tuple[Path, ...]  # sorted by path
-    overlooked: tuple[str, ...]  # names such as a.Jpg, which Kohya does not take for images
-
-
-def image_extensions() -> frozenset[str]:
-    """What counts as an image here, each in lower and in upper case; AVIF and JPEG XL if Pillow can read
-    them.
-    """
-    Image.init()
-    known = Image.registered_extensions()
-    for plugin in _JXL_PLUGINS:
-        if ".jxl" in known:
-            break
-        try:
-            importlib.import_module(plugin)
-        except ImportError:
-            continue
-    chosen = [*_ALWAYS, *(suffix for suffix in (".avif", ".jxl") if suffix in Image.registered_extensions())]
-    return frozenset(chosen) | {suffix.upper() for suffix in chosen}
+    images: tuple[str, ...]  # names of the images, sorted
+    notices: tuple[str, ...]  # what Kohya does not take, and what is not taken here
 
 
 def list_folder(folder: Path) -> Listing:
-    """Images directly inside `folder`. Raises DatasetError if it cannot be listed."""
-    extensions = image_extensions()
+    """Images directly inside `folder`, whatever the case of their endings. Raises DatasetError if it cannot be
+    listed.
+    """
     try:
         with os.scandir(folder) as entries:
             names = frozenset(entry.name for entry in entries if entry.is_file())
@@ -84,85 +51,85 @@ def list_folder(folder: Path) -> Listing:
         raise DatasetError(
             f"the image folder {folder} cannot be read ({error.strerror}); correct it"
         ) from error
-    visible = [name for name in names if not name.startswith(".")]
-    images = [folder / name for name in visible if os.path.splitext(name)[1] in extensions]
-    overlooked = [
-        name
-        for name in visible
-        if (suffix := os.path.splitext(name)[1]) not in extensions and suffix.lower() in extensions
-    ]
-    return Listing(folder, names, tuple(sorted(images, key=str)), tuple(sorted(overlooked)))
+    known = formats.readable()
+    taken = {ending for suffix in known for ending in (suffix, suffix.upper())}
+    images, mixed, others = [], [], []
+    for name in names:
+        suffix = formats.suffix_of(name)
+        if name.startswith("."):
+            continue
+        if suffix in taken:
+            images.append(name)
+        elif suffix.lower() in known:
+            mixed.append(name)
+        else:
+            others.append(name)
+    notices = [f"{folder}: {said}" for said in formats.left_out(others)]
+    if mixed:
+        notices.append(f"{folder}: {shown(sorted(mixed))} are used too, which Kohya's trainer leaves out")
+    return Listing(folder, names, tuple(sorted(images + mixed)), tuple(notices))
 
 
-def read_headers(
-    paths: Sequence[Path], problems: Problems, *, known: Mapping[Path, Header] | None = None
-) -> dict[Path, Header]:
-    """Headers of all readable paths; `known` ones are not opened again."""
-    found = dict(known or {})
-    unread = [path for path in paths if path not in found]
+def read_headers(folder: Path, names: Sequence[str], problems: Problems) -> dict[str, Header]:
+    """Headers of all readable images of a folder, by name; remembered ones are not opened again."""
+    known = size_cache.read(folder, len(names))
+    found = scan(folder, names, known, problems)
+    if any(known.get(name) is not noted for name, noted in found.items()):
+        # Another metadata file may name other images of this folder.
+        others = {
+            name: noted for name, noted in known.items() if name not in found and (folder / name).exists()
+        }
+        size_cache.write(folder, others | found)
+    return {name: noted.header for name, noted in found.items()}
 
-    def read(path: Path) -> Header | str:
+
+def scan(
+    folder: Path, names: Sequence[str], known: Mapping[str, Noted], problems: Problems
+) -> dict[str, Noted]:
+    """Look at each image; `known` ones whose stamp is still right are not opened. Unreadable ones are absent."""
+    place = os.fspath(folder)
+
+    def look(name: str) -> Noted | str:
+        path = os.path.join(place, name)
         try:
-            return read_header(path)
+            status = os.stat(path)
+            stamp = (status.st_size, status.st_mtime_ns)
+            remembered = known.get(name)
+            if remembered is not None and remembered.stamp == stamp:
+                return remembered
+            header = read_header(path)
         except READ_ERRORS as error:
-            return f"cannot be read as an image ({type(error).__name__})"
+            return _problem(error)
+        return Noted(stamp, header) if min(header.size) > 0 else "has no pixels"
 
-    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
-        for path, result in zip(unread, pool.map(read, unread), strict=True):
-            if isinstance(result, str):
-                problems.add(path, result)
-            elif min(result.size) < 1:
-                problems.add(path, "has no pixels")
-            else:
-                found[path] = result
-    return {path: found[path] for path in paths if path in found}
-
-
-def read_info(folder: Path) -> dict[Path, Header]:
-    """Headers noted by `cache_info`, where the file still has the size and time it had then.
-
-    Kohya's own entries lack both and know no orientation, so they are read anew; captions always are.
-    """
-    try:
-        entries = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    if len(names) - len(known) >= _MANY:
+        logger.info("reading the sizes of %d images in %s", len(names), folder)
     found = {}
-    for name, entry in entries.items() if isinstance(entries, dict) else ():
-        path = Path(name)
-        stamp = _stamp(path)
-        if stamp is not None and isinstance(entry, dict) and entry.get("stamp") == stamp:
-            width, height = entry["resolution"]
-            found[path] = Header((width, height), entry["orientation"])
+    for name, one in zip(names, in_threads(look, names), strict=True):
+        if isinstance(one, str):
+            problems.add(folder / name, one)
+        else:
+            found[name] = one
     return found
 
 
-def write_info(folder: Path, entries: Iterable[tuple[Path, Header, str]]) -> str | None:
-    """Write Kohya's metadata_cache.json with a stamp and the orientation added; a notice if it cannot be
-    written.
-    """
-    content = {
-        str(path): {
-            "caption": caption,
-            "resolution": list(header.size),
-            "orientation": header.orientation,
-            "stamp": _stamp(path),
-        }
-        for path, header, caption in entries
-    }
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    target = folder / INFO_FILE
-    try:
-        if not target.is_file() or target.read_text(encoding="utf-8") != text:
-            atomic.write_text(target, text)
-    except OSError as error:
-        return f"cache_info could not write {target} ({error.strerror}); image sizes are read anew next time"
-    return None
+def in_threads(read: Callable[[str], T], items: Sequence[str]) -> list[T]:
+    """`read` of every item in order, many at a time, since a disk or a network answers them together."""
+    if len(items) <= _CHUNK:
+        return [read(item) for item in items]
+
+    def read_chunk(start: int) -> list[T]:
+        return [read(item) for item in items[start : start + _CHUNK]]
+
+    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+        return [one for chunk in pool.map(read_chunk, range(0, len(items), _CHUNK)) for one in chunk]
 
 
-def _stamp(path: Path) -> list[int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
+def _problem(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "is damaged or not an image that can be read"
+    if isinstance(error, Image.DecompressionBombError):
+        return "has more pixels than can be read safely"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    return f"cannot be read as an image ({error})"

@@ -99,6 +99,7 @@ def merged_frequency(datasets: Iterable[DatasetFacts]) -> dict[str, dict[str, in
 def describe(dataset: DatasetFacts) -> dict[str, object]:
     """One entry of ss_datasets."""
     settings = dataset.settings
+    skipped = settings.skip_image_resolution  # a key of newer versions of Kohya's trainer
     return {
         "is_dreambooth": all(subset.metadata_file is None for subset in settings.subsets),
         "batch_size_per_device": settings.batch_size,
@@ -108,6 +109,7 @@ def describe(dataset: DatasetFacts) -> dict[str, object]:
         "enable_bucket": settings.enable_bucket,
         "min_bucket_reso": settings.min_bucket_reso,
         "max_bucket_reso": settings.max_bucket_reso,
+        **({"skip_image_resolution": list(skipped)} if skipped else {}),
         "tag_frequency": plain_frequency(dataset.tag_frequency),
         "bucket_info": bucket_info(dataset),
         "resize_interpolation": settings.resize_interpolation,

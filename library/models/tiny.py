@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from library.files.atomic import write_text
 from library.files.safetensors import save_file
+from library.files.user_cache import cache_folder
 from library.models.flux import Flux
 from library.models.params import ClipParams, FluxParams, T5Params, rotary_axes
 from library.models.text_encoders import ClipL, T5Encoder
@@ -52,11 +52,6 @@ T5_PARAMS = T5Params(
 )
 
 Scale = Callable[[str, torch.Size], float]  # name and shape of a weight to its standard deviation
-
-
-def cache_folder() -> Path:
-    """Where the trainer keeps what it made itself: $POLYRANK_CACHE, or ~/.cache/polyrank."""
-    return Path(os.environ.get("POLYRANK_CACHE") or "~/.cache/polyrank").expanduser()
 
 
 def ensure_tiny_flux() -> Path:

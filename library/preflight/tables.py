@@ -20,6 +20,7 @@ from library.preflight.rows import cache_rows, plan_rows, schedule_rows
 from library.preflight.words import moment_text, size_text
 
 UNWRAPPED = 10_000  # columns of a file: tables take what they need
+SHOWN_BUCKETS = 60  # rows, the largest; the JSON report has all
 SHOWN_FILES = 12  # rows; the JSON report has all
 
 
@@ -71,15 +72,23 @@ def _folders(facts: Forecast) -> Group:
 
 
 def _buckets(facts: Forecast) -> Table:
+    """The buckets in ascending order; of very many the largest, and one row for the others."""
     table = _table(
         "set", "size", "#images", "#with repeats", "#batches", "#last one", "#enlarged", "#cut off at most"
     )
-    for bucket in facts.buckets:
+    largest = sorted(facts.buckets, key=lambda bucket: bucket.samples, reverse=True)[:SHOWN_BUCKETS]
+    shown = set(largest)
+    for bucket in (bucket for bucket in facts.buckets if bucket in shown):
         table.add_row(
             str(bucket.dataset), f"{bucket.size[0]}x{bucket.size[1]}", str(bucket.images), str(bucket.samples),
             str(bucket.batches), str(bucket.last_batch), _some(bucket.enlarged),
             f"{bucket.cropped:.0%}" if bucket.cropped >= 0.005 else "",
         )  # fmt: skip
+    if others := [bucket for bucket in facts.buckets if bucket not in shown]:
+        images, samples, batches = (
+            sum(getattr(bucket, name) for bucket in others) for name in ("images", "samples", "batches")
+        )
+        table.add_row("", f"{len(others)} smaller", str(images), str(samples), str(batches), style="dim")
     return table
 
 

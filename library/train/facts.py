@@ -89,7 +89,7 @@ def dataset_facts(data: Data) -> tuple[DatasetFacts, ...]:
                 image_counts=tuple(counts.get(index, 0) for index in range(len(settings.subsets))),
                 num_train_images=sum(r.num_images * r.num_repeats for r in reports if not r.is_reg),
                 num_reg_images=sum(r.num_images * r.num_repeats for r in reports if r.is_reg),
-                tag_frequency={r.name: frequency[r.name] for r in reports if r.tag_frequency},
+                tag_frequency={r.name: frequency[r.name] for r in reports if frequency[r.name]},
                 buckets=_buckets(data.training.bucket_info(number)) if settings.enable_bucket else None,
             )
         )

@@ -16,7 +16,8 @@ from PIL import Image
 
 from library.cache import npz
 from library.cache.latents import Entry, LatentStore, check_file, latent_needs, latents_path
-from library.data.images import frame, image_tensor, read_picture, render
+from library.data.decode import read_picture
+from library.data.images import frame, image_tensor, render
 from library.errors import ConfigError, DatasetError
 
 
@@ -320,3 +321,18 @@ def test_a_folder_that_cannot_be_written_is_kept_in_memory():
             for path in (Path(name), folder):
                 path.chmod(0o755)
         assert not files_in(folder)
+
+
+def test_every_picture_that_cannot_be_decoded_is_named_after_one_pass(tmp_path):
+    write_pictures(tmp_path / "p", [(64, 64)] * 9)
+    data = data_of(dataset(tmp_path / "p"))
+    for number in range(7):
+        path = tmp_path / "p" / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DatasetError) as caught:
+        cache_latents(data, batch_size=2)
+    said = str(caught.value)
+    assert said.startswith("the training data has 7 problems: ")
+    assert "0.png cannot be decoded" in said
+    assert "and 2 more" in said
+    assert list(files_in(tmp_path / "p")) == ["7_0064x0064_flux.npz", "8_0064x0064_flux.npz"]

@@ -29,7 +29,7 @@ from library.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 KOHYA = {row["dest"]: row for row in json.loads((ROOT / "tests/data/config/kohya_options.json").read_text())}
 OURS = {"global_batch_size", "dry_run", "dry_run_json", "strict_config", "ignore_advice"}
-OURS |= {"text_cache_variants", "trigger_word"}
+OURS |= {"text_cache_variants", "trigger_word", "skip_image_resolution"}
 OURS |= {"distributed", "ds_config", "local_rank"}
 # The type that Kohya's parser declares for options of each of our types.
 KOHYA_TYPES = {

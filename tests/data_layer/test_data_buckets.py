@@ -9,6 +9,7 @@ from picture_files import golden
 
 from library.config.dataset_settings import DatasetSettings
 from library.data.buckets import (
+    Shapes,
     bucket_info,
     bucket_rule,
     centre_offset,
@@ -104,3 +105,16 @@ def test_bucket_info_counts_repeats_but_not_in_the_error():
     rule = bucket_rule(DatasetSettings(resolution=(64, 64)))
     info = bucket_info([(rule.place((64, 64)), 5), (rule.place((128, 64)), 1)])
     assert info == {"buckets": {"0": {"resolution": [64, 64], "count": 6}}, "mean_img_ar_error": 0.5}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    resolution=st.sampled_from([(512, 512), (1024, 1024), (768, 1344), (256, 256)]),
+    step=st.sampled_from([16, 64]),
+)
+def test_the_nearest_shape_is_the_first_of_the_least_difference(size, resolution, step):
+    shapes = predefined_resolutions(resolution, smallest=128, largest=2048, step=step)
+    aspect = size[0] / size[1]
+    first = size if size in shapes else min(shapes, key=lambda one: abs(one[0] / one[1] - aspect))
+    assert Shapes.of(shapes).nearest(size) == first

@@ -9,7 +9,7 @@ import pytest
 from picture_files import golden, write_picture, write_tree
 
 from library.config.dataset_settings import DatasetSettings, SubsetSettings
-from library.data.buckets import bucket_info
+from library.data.buckets import bucket_info, centre_offset
 from library.data.dataset import place_records
 from library.data.discover import discover, tag_frequency
 from library.data.plan import Plan, PlannedImage, PlanSettings
@@ -70,6 +70,7 @@ def test_recorded_datasets_come_out_alike(tree, name):
                 wanted["bucket"],
                 wanted["resized"],
             ]
+            assert list(centre_offset(place.resized, place.bucket)) == wanted["crop_xy"]
             assert (record.num_repeats, record.is_reg) == (wanted["repeats"], wanted["is_reg"])
             if recorded["subsets"][record.subset]["caption_extension"] == ".txt":
                 assert record.caption == wanted["caption"]
@@ -122,8 +123,9 @@ def test_what_counts_as_an_image(tmp_path):
         else:
             write_picture(tmp_path / name, (20, 20))
     found = discover(one_folder(tmp_path), seed=0)
-    assert [record.path.name for record in found.records] == ["a.PNG", "b.jpeg", "g.avif", "h.bmp"]
-    assert any("e.Jpg" in notice for notice in found.notices)
+    assert [record.path.name for record in found.records] == ["a.PNG", "b.jpeg", "e.Jpg", "g.avif", "h.bmp"]
+    assert any("e.Jpg are used too, which Kohya" in notice for notice in found.notices)
+    assert any("1 .gif files, such as c.gif, are left out" in notice for notice in found.notices)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,8 @@ def test_what_counts_as_an_image(tmp_path):
         ("hälf\r\n\r\n  two  \r\n".encode(), True, "hälf\ntwo"),
         (b"\nsecond", False, ""),
         ("a\u2028b".encode(), False, "a\u2028b"),
+        (b"x" * 65536, False, "x" * 65536),
+        (b"x" * 200_000 + b"\rsecond", False, "x" * 200_000),
     ],
 )
 def test_caption_files(tmp_path, content, wildcard, caption):

@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from picture_files import write_picture
 from PIL import Image
 
+from library.config.train_config import OPTIONS
 from library.data import images
 from library.data.buckets import Placement
+from library.data.decode import read_picture
+from library.data.headers import read_header
 from library.data.images import (
     Framing,
     frame,
     frame_face,
     image_tensor,
     mask_tensor,
-    read_header,
-    read_picture,
     render,
 )
 from library.data.resize import resize
@@ -155,6 +156,20 @@ def test_lanczos_when_a_side_grows_and_by_name():
     assert np.array_equal(resize(pixels, (40, 20), None), larger)
     smaller = np.asarray(Image.fromarray(pixels).resize((9, 9), Image.Resampling.BICUBIC))
     assert np.array_equal(resize(pixels, (9, 9), "cubic"), smaller)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS["resize_interpolation"].row.choices, "box", None])
+@pytest.mark.parametrize("resized", [(10, 8), (60, 40), (30, 10), (30, 20)])
+def test_every_interpolation_keeps_flat_areas_and_the_range(name, resized):
+    flat = np.full((20, 30, 3), 77, np.uint8)
+    result = resize(flat, resized, name)
+    assert result.shape == (resized[1], resized[0], 3)
+    assert (result == 77).all()
+    edge = np.zeros((20, 30), np.uint8)
+    edge[:, 15:] = 255
+    scaled = resize(edge, resized, name)
+    assert abs(float(scaled.mean()) - 127.5) < 5
+    assert (scaled[:, 0].max(), scaled[:, -1].min()) == (0, 255)
 
 
 def test_centre_and_random_crops():

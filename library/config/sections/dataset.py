@@ -43,6 +43,12 @@ class DatasetConfig:
         64, "sides of buckets are multiples of this; itself a multiple of 16", limit=PIXELS
     )
     bucket_no_upscale: bool = option(False, "make buckets from the images' own sizes, never enlarge")
+    skip_image_resolution: tuple[int, int] | None = option(
+        None,
+        'leave out images of at most this many pixels, "width,height" or one number for a square',
+        limit=Limit(ge=1, unit="pixels"),
+        ours=True,
+    )
     resize_interpolation: str | None = option(
         None,
         "filter for resizing; unset is area when shrinking and lanczos when enlarging",
