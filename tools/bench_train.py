@@ -170,7 +170,7 @@ def synthetic_data(
     )  # fmt: skip
     records = tuple(
         ImageRecord(
-            key=f"0/synthetic/{number}", path=Path(f"synthetic/{number}.png"), size=size, caption="",
+            key=f"0/synthetic/{number}", file=f"synthetic/{number}.png", size=size, caption="",
             num_repeats=1, dataset=0, subset=0,
         )
         for number, size in enumerate(size for size in sizes for _ in range(IMAGES_PER_SIZE))

@@ -132,8 +132,8 @@ class LatentStore:
 
 def latents_path(record: ImageRecord) -> Path:
     """`<image path without extension>_<W:04d>x<H:04d>_flux.npz`, the size being the upright image's."""
-    base, (width, height) = record.cache_base, record.size
-    return base.with_name(f"{base.name}_{width:04d}x{height:04d}_flux.npz")
+    width, height = record.size
+    return Path(f"{record.cache_base}_{width:04d}x{height:04d}_flux.npz")
 
 
 def suffix_of(bucket: Size) -> str:
@@ -146,11 +146,11 @@ def latent_needs(*sources: TrainingData) -> tuple[LatentNeed, ...]:
 
     Raises ConfigError where two datasets want one entry made in two ways.
     """
-    found: dict[tuple[Path, str], LatentNeed] = {}
+    found: dict[tuple[object, ...], LatentNeed] = {}
     for data in sources:
         for record, placement in zip(data.records, data.placements, strict=True):
             need = _need(data, record, placement)
-            key = (need.path, need.suffix)
+            key = (record.cache_base, record.size, placement.bucket)  # what decides file and arrays
             other = found.get(key)
             found[key] = need if other is None else _merged(other, need)
     return tuple(found.values())

@@ -12,6 +12,7 @@ and mask option fit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,7 +83,7 @@ class OutputSize:
 class TextNeed:
     """One file that training will read, and the captions it must hold, Kohya's first."""
 
-    base: Path  # path of the file up to "_flux_te.npz"
+    base: str  # path of the file up to "_flux_te.npz"
     captions: tuple[str, ...]
     is_raw: bool = False  # whether that is one caption as it was read: what Kohya's files hold
 
@@ -110,7 +111,7 @@ class TextStore:
         kept = self.memory.get(caption or "")
         if kept is not None:
             return _full_precision(kept)
-        path = text_path(record.cache_base if caption is not None else record.path.parent / EMPTY_NAME)
+        path = text_path(record.cache_base if caption is not None else _empty_base(record))
         try:
             return _full_precision(_read(path, [caption or ""])[caption or ""])
         except npz.UNREADABLE as error:
@@ -119,25 +120,32 @@ class TextStore:
             ) from error
 
 
-def text_path(base: Path) -> Path:
+def text_path(base: str) -> Path:
     """`<image path without extension>_flux_te.npz`."""
-    return base.with_name(base.name + "_flux_te.npz")
+    return Path(base + "_flux_te.npz")
+
+
+def _empty_base(record: ImageRecord) -> str:
+    """What the file of the empty caption is called up to "_flux_te.npz"."""
+    return os.path.join(os.path.dirname(record.file), EMPTY_NAME)
 
 
 def text_needs(
     *sources: tuple[TrainingData, Mapping[str, Variants]],
 ) -> tuple[tuple[TextNeed, ...], TextStore]:
     """The files that reading all `sources` will ask for, and the store that will read them."""
-    wanted: dict[Path, dict[str, None]] = {}
-    raw: dict[Path, str] = {}
+    wanted: dict[str, dict[str, None]] = {}
+    raw: dict[str, str] = {}
     chosen: dict[str, Variants] = {}
     for data, variants in sources:
         chosen |= variants
         for record in data.records:
-            raw[record.cache_base] = record.caption
-            wanted.setdefault(record.cache_base, {}).update(dict.fromkeys(variants[record.key].captions))
+            base = record.cache_base
+            raw[base] = record.caption
+            texts = dict.fromkeys(variants[record.key].captions)
+            wanted[base] = wanted[base] | texts if base in wanted else texts
             if captions.may_drop(data.subset(record)):
-                wanted.setdefault(record.path.parent / EMPTY_NAME, {})[""] = None
+                wanted.setdefault(_empty_base(record), {})[""] = None
     needs = (TextNeed(base, tuple(texts), [*texts] == [raw.get(base)]) for base, texts in wanted.items())
     return tuple(needs), TextStore(chosen)
 

@@ -40,6 +40,8 @@ class Variants:
     @property
     def captions(self) -> tuple[str, ...]:
         """All of them once, whole captions first."""
+        if not self.warming and len(self.full) == 1:
+            return self.full
         return tuple(dict.fromkeys([*self.full, *(caption for _, caption in self.warming)]))
 
     def caption(self, *, visit: int, step: int) -> str:
@@ -57,9 +59,16 @@ def plan_variants(data: TrainingData, plan: Plan, *, most: int) -> dict[str, Var
     """The captions to encode, by record key: one where they do not vary, at most `most` (k) where they do."""
     visits = _visits(data, plan, most)
     return {
-        record.key: _variants(data, record, visits.get(number) or [When(0, 0)], most)
+        record.key: _variants(data, record, visits[number], most)
+        if visits.get(number)
+        else _one(data, record)
         for number, record in enumerate(data.records)
     }
+
+
+def _one(data: TrainingData, record: ImageRecord) -> Variants:
+    """The one caption of a record whose captions do not vary, or which no step of the run visits."""
+    return Variants({}, (), (undropped_caption(data, record, visit=0, step=data.max_train_steps),))
 
 
 def _visits(data: TrainingData, plan: Plan, most: int) -> Mapping[int, list[When]]:

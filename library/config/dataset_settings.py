@@ -47,6 +47,21 @@ class SubsetSettings:
     custom_attributes: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def plain_captions(self) -> bool:
+        """Whether a caption is used as its file has it."""
+        return not (
+            self.caption_prefix
+            or self.caption_suffix
+            or self.secondary_separator
+            or self.trigger_word
+            or self.rejoin_tags
+            or self.enable_wildcard
+            or self.shuffle_caption
+            or self.token_warmup_step > 0
+            or self.caption_tag_dropout_rate > 0
+        )
+
+    @property
     def preserves(self) -> bool:
         """Whether its images are trained towards the frozen model's own answer (diff_output_preservation)."""
         return bool(self.custom_attributes.get(PRESERVATION))

@@ -233,9 +233,12 @@ def _mask_picture(data: TrainingData, record: ImageRecord, framing: Framing) -> 
 
 def undropped_caption(data: TrainingData, record: ImageRecord, *, visit: int, step: int) -> str:
     """The caption of one visit, `step` being the optimizer step it falls into, whether it is dropped or not."""
+    subset = data.subset(record)
+    if subset.plain_captions:
+        return record.caption.split("\n", 1)[0]
     return captions.undropped_caption(
         record.caption,
-        data.subset(record),
+        subset,
         _caption_draws(data, record, visit),
         step=step,
         max_train_steps=data.max_train_steps,

@@ -9,6 +9,7 @@ records come out in the same order everywhere.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -222,9 +223,10 @@ def _with_masks(found: list[_Found], folder: Path, problems: Problems) -> list[_
 
 
 def _record(found: _Found, dataset: int, number: int, subset: SubsetSettings) -> ImageRecord:
+    folder = str(found.folder)
     return ImageRecord(
-        key=f"{dataset}/{found.folder.name}/{found.name}",
-        path=found.path,
+        key=f"{dataset}/{os.path.basename(folder)}/{found.name}",
+        file=os.path.join(folder, found.name),
         size=found.header.size,
         caption=found.caption,
         num_repeats=subset.num_repeats,
@@ -275,8 +277,8 @@ def _split(
 
     shuffled = sorted(made, key=order)
     count = math.ceil(len(made) * (1 - share) - 1e-9)
-    kept = {record.path for record in shuffled[:count]}
-    return [r for r in made if r.path in kept], [r for r in made if r.path not in kept]
+    kept = {record.file for record in shuffled[:count]}
+    return [r for r in made if r.file in kept], [r for r in made if r.file not in kept]
 
 
 def balance_regularisation(records: list[ImageRecord], notices: list[str]) -> list[ImageRecord]:
@@ -339,7 +341,7 @@ def _with_unique_names(
     Kohya's cache name goes to the first image of a stem in path order; the others keep their extension in it
     (`a.png` beside `a.jpg` caches as `a.png_...`).
     """
-    paths = {str(record.path) for records in (training, validation) for record in records}
+    paths = {record.file for records in (training, validation) for record in records}
     owners: dict[str, str] = {}
     for path in paths:
         stem = stem_of(path)
@@ -352,7 +354,7 @@ def _with_unique_names(
     def renamed(record: ImageRecord) -> ImageRecord:
         seen[record.key] += 1
         count = seen[record.key]
-        path = str(record.path)
+        path = record.file
         owner = owners[stem_of(path)] == path
         if count == 1 and owner:
             return record

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.cache.latents import LatentNeed, latent_needs
+from library.cache.latents import CELL, CHANNELS, LatentNeed, latent_needs
 from library.cache.survey import CacheOptions, NeedT, Work, survey_latents, survey_text
 from library.config.train_config import TrainConfig
 from library.preflight.facts import LATENTS, TEXTS, CacheFacts
@@ -42,8 +41,10 @@ def caches(config: TrainConfig, loader: ModelLoader, data: Data) -> tuple[CacheF
 
 
 def latent_bytes(need: LatentNeed) -> int:
-    """Bytes of one image's arrays."""
-    return FLOAT * sum(math.prod(shape) for shape in need.shapes().values())
+    """Bytes of one image's arrays: latents, mirrored ones if flipped, and a mask of the picture's own size."""
+    width, height = need.placement.bucket
+    latents = CHANNELS * (width // CELL) * (height // CELL)
+    return FLOAT * (latents * (2 if need.flip else 1) + (width * height if need.mask else 0))
 
 
 def _facts(what: str, work: Work[NeedT], sizes: Sequence[int], in_memory: int) -> CacheFacts:

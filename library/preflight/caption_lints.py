@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from library.config.dataset_settings import SubsetSettings
 from library.models.tokenizers import T5_LENGTH, FluxTokenizers
 from library.preflight.evidence import Evidence, listed
-from library.preflight.forecast import first_caption
 
 
 def captions_say_something(evidence: Evidence) -> None:
@@ -21,9 +22,9 @@ def captions_say_something(evidence: Evidence) -> None:
                 "describe what is particular to each",
             )
     empty = [
-        record.path.name
-        for record in data.records
-        if not first_caption(data, record) and data.subset(record).caption_dropout_rate < 1
+        os.path.basename(record.file)
+        for record, caption in zip(data.records, evidence.captions, strict=True)
+        if not caption and data.subset(record).caption_dropout_rate < 1
     ]
     if empty:
         evidence.context.advise(
@@ -37,7 +38,7 @@ def captions_fit_t5(evidence: Evidence) -> None:
     """What T5 does not take is cut off. Tokenizers are read only if a caption could be too long, and only locally."""
     config, files, data = evidence.context.config, evidence.files, evidence.data.training
     length = config.model.t5xxl_max_token_length or T5_LENGTH["dev" if files.is_dev else "schnell"]
-    captions = {first_caption(data, record): record.path.name for record in data.records}
+    captions = dict(zip(evidence.captions, data.records, strict=True))
     # No tokenizer makes more tokens than there are bytes, but for a mark at each end.
     long = [caption for caption in captions if len(caption.encode()) + 2 > length]
     tokenizers = FluxTokenizers.load_local(files.tokenizers, t5_length=length) if long else None
@@ -45,7 +46,7 @@ def captions_fit_t5(evidence: Evidence) -> None:
         return
     lengths = {c: t5 for c, (_, t5) in zip(long, tokenizers.lengths(long), strict=True) if t5 > length}
     if lengths:
-        names = [captions[caption] for caption in lengths]
+        names = [captions[caption].path.name for caption in lengths]
         evidence.context.advise(
             "captions-cut",
             f"{len(lengths)} captions have more than {length} T5 tokens, up to {max(lengths.values())}, and lose their "

@@ -17,6 +17,7 @@ class Evidence:
     files: ModelFiles
     data: Data
     forecast: Forecast
+    captions: tuple[str, ...]  # of the training records, as their first visits have them
 
 
 def listed(names: list[str], most: int = 3) -> str:

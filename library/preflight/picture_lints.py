@@ -42,11 +42,11 @@ def pictures_are_large_enough(evidence: Evidence) -> None:
 
 def pictures_differ(evidence: Evidence) -> None:
     """Files of one size are compared by content."""
-    paths = {record.path for record in evidence.data.training.records}
-    if len(paths) > MOST_COMPARED:
+    files = {record.file for record in evidence.data.training.records}
+    if len(files) > MOST_COMPARED:
         return
     by_size: dict[int, list[Path]] = defaultdict(list)
-    for path in sorted(paths):
+    for path in map(Path, sorted(files)):
         by_size[path.stat().st_size].append(path)
     by_content: dict[str, list[Path]] = defaultdict(list)
     for same_size in by_size.values():

@@ -42,7 +42,14 @@ from library.train.describe import show_result
 from library.train.facts import MetadataWriter
 from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
-from library.train.prepare import Data, check_swap, locate_models, read_data, start_step
+from library.train.prepare import (
+    Data,
+    check_swap,
+    locate_models,
+    no_garbage_collection,
+    read_data,
+    start_step,
+)
 from library.train.resume import capture, choose_seed, continued_state, first_state, restore, resumed_run
 from library.train.saving import Saver
 from library.train.signals import StopRequest
@@ -83,6 +90,11 @@ def dry_run(loaded: LoadedConfig) -> None:
     """Check config and data and tell what the run would do; no model is loaded."""
     if launched_rank() != 0:
         return
+    with no_garbage_collection():
+        _dry_run(loaded)
+
+
+def _dry_run(loaded: LoadedConfig) -> None:
     config = loaded.config
     files = locate_models(config.model)
     check_swap(config.memory, files)

@@ -148,7 +148,9 @@ def test_schnell_is_named(tmp_path: Path, pictures: Path):
 def test_float32_is_named_on_a_model_of_the_real_size():
     notices = Notices()
     forecast = SimpleNamespace(trained=SimpleNamespace(base_parameters=11_901_408_320))
-    evidence = Evidence(Context(TrainConfig(), {}, notices), files=None, data=None, forecast=forecast)
+    evidence = Evidence(
+        Context(TrainConfig(), {}, notices), files=None, data=None, forecast=forecast, captions=()
+    )
     precision_suits_the_size(evidence)
     (notice,) = notices.all()
     assert notice.startswith("[flux-precision] mixed_precision = 'no' (default): ")
@@ -165,6 +167,7 @@ def test_a_full_disk_is_foreseen(needed: int, codes: list[str]):
             files=None,
             data=None,
             forecast=SimpleNamespace(disks=(disk,)),
+            captions=(),
         )
     )
     assert [code_of(notice) for notice in notices.all()] == codes
