@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from library.models.activation_checkpoint import Recomputation, SavedOnHost
 from library.models.block_swap import BlockSwap, SwapPlan
+from library.models.compilation import CompiledBlocks
 from library.models.layers import (
     EMBEDDING_WIDTH,
     DoubleStreamBlock,
@@ -40,6 +41,7 @@ class Flux(nn.Module):
         self.params = params
         self.recomputation: Recomputation | None = None
         self.swap: BlockSwap | None = None
+        self.compiled: CompiledBlocks | None = None
         hidden, heads, mlp = params.hidden_size, params.num_heads, params.mlp_hidden
         self.img_in = nn.Linear(params.in_channels, hidden)
         self.time_in = MLPEmbedder(EMBEDDING_WIDTH, hidden)
@@ -85,6 +87,15 @@ class Flux(nn.Module):
             self.swap.restore()
         self.swap = None
 
+    def enable_compilation(self, *, backend: str = "inductor", shapes: int = 1) -> CompiledBlocks:
+        """Compile the blocks when they are first run in train mode, for `shapes` sizes of token streams.
+
+        Call it when the model is final: adapters applied, weights where they belong.
+        """
+        blocks = (*self.double_blocks, *self.single_blocks)
+        self.compiled = CompiledBlocks(blocks, backend=backend, shapes=shapes)
+        return self.compiled
+
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the token streams: autocast's if it is on, else that of the embedding weights."""
         device = self.img_in.weight.device.type
@@ -128,10 +139,17 @@ class Flux(nn.Module):
         image, text = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
         rotation = rotations(torch.cat((txt_ids, img_ids), dim=1), self.params.axes_dim, self.params.theta)
         mask = None if txt_attention_mask is None else _key_mask(txt_attention_mask, img.shape[1])
+        if self.compiled is not None:
+            image, text = self._alike(image), self._alike(text)
+            self.compiled.streams(*rotation, axis=2)
         for index, block in enumerate(self.double_blocks):
+            if self.compiled is not None:
+                self.compiled.streams(image, text, axis=1)
             image, text = self._run(index, block, image, text, vec, rotation, mask)
         stream = torch.cat((text, image), dim=1)
         for index, block in enumerate(self.single_blocks, start=len(self.double_blocks)):
+            if self.compiled is not None:
+                self.compiled.streams(stream, axis=1)
             stream = self._run(index, block, stream, vec, rotation, mask)
         out: Tensor = self.final_layer(stream[:, txt.shape[1] :], vec)
         return out
@@ -151,8 +169,19 @@ class Flux(nn.Module):
         recomputation = self._recomputation(None)
         return embedder(x) if recomputation is None else recomputation.run(embedder, x)
 
+    def _alike(self, stream: Tensor) -> Tensor:
+        """The first block's input like every other block's, which depends on something trained.
+
+        Else the first block would be compiled for itself.
+        """
+        if self.training and torch.is_grad_enabled() and not stream.requires_grad:
+            stream.requires_grad_(True)
+        return stream
+
     def _run(self, index: int, block: Callable[..., Result], *arguments: object) -> Result:
         recomputation = self._recomputation(index)
+        if self.compiled is not None and isinstance(block, nn.Module):
+            block = self.compiled.call(block)
         if self.swap is not None:
             block = self.swap.with_weights(index, block, saves=recomputation is None)
         return block(*arguments) if recomputation is None else recomputation.run(block, *arguments)

@@ -27,6 +27,7 @@ from library.train.checkpoint import SavedRun
 from library.train.loading import ModelLoader
 from library.train.prepare import Data, trains_text
 from library.train.resume import Resumable
+from library.train.speed import Speed
 from library.train.state import TrainState
 from networks import plugins
 from networks.interface import NetworkHandle, create, merge_base_weights
@@ -100,6 +101,8 @@ def build_trained(job: Job) -> Trained:
     # Initial weights come from torch's global generator: the same on every rank, whatever ran before.
     torch.manual_seed(randomness.integer(job.state.seed, "network initialisation"))
     merge_base_weights(config.network, text_encoders=encoders, transformer=transformer)
+    speed = Speed(config, device)
+    speed.before_network(transformer)
     network = create(config.network, text_encoders=encoders, transformer=transformer)
     network.prepare(config.flat())
     network.apply()
@@ -135,8 +138,9 @@ def build_trained(job: Job) -> Trained:
         ),
     )
     root.train()
-    if config.memory.torch_compile:
-        compile_blocks(transformer, config.memory.dynamo_backend)
+    speed.after_network(
+        transformer, steps=job.data.plan.total_steps - job.state.step, shapes=_token_shapes(job)
+    )
     return Trained(root=root, network=network, optimizer=optimizer, schedule=schedule)
 
 
@@ -163,10 +167,10 @@ def live_text_encoders(
     return clip_l, t5
 
 
-def compile_blocks(transformer: Flux, backend: str) -> None:
-    """Compile each block on its own: blocks of a class share one compilation, and buckets stay dynamic outside."""
-    for block in (*transformer.double_blocks, *transformer.single_blocks):
-        block.compile(backend=backend)
+def _token_shapes(job: Job) -> int:
+    """How many sizes of token streams a run sees: its buckets, and lengths of text where padding is left out."""
+    buckets = {placement.bucket for placement in job.data.training.placements}
+    return len(buckets) * (8 if job.config.model.apply_t5_attn_mask else 1)
 
 
 def _place(network: NetworkHandle, config: TrainConfig, device: torch.device) -> None:
