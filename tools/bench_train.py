@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ from library.data.dataset import TrainingData, place_records
 from library.data.discover import Discovered
 from library.data.plan import Plan, PlanSettings, units_per_step
 from library.data.readers import CachedLatents, CachedText
-from library.data.records import ImageRecord
+from library.data.records import Batch, ImageRecord
 from library.distributed.base import Backend
 from library.models import precision
 from library.models.flux import Flux
@@ -48,7 +48,7 @@ from library.train.resume import capture, restore
 from library.train.saving import Saver
 from library.train.setup import batches, build_trainer, connected
 from library.train.state import TrainState
-from library.train.trainer import StepReport
+from library.train.trainer import StepReport, Trainer
 
 SIZES = {
     "dev": FluxParams(),
@@ -146,6 +146,10 @@ class Stopwatch:
     def on_start(self, state: TrainState) -> TrainState:
         return state
 
+    def wants_weights(self, step: int) -> bool:
+        del step
+        return False
+
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         self.seconds.append(report.seconds)
         self.losses.append(report.loss)
@@ -228,12 +232,12 @@ def flops_per_sample(params: FluxParams, tokens: int) -> float:
     return 2 * linear + 3.5 * attention
 
 
-def measure(
-    config: TrainConfig, backend: Backend, params: FluxParams, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Train `warmup` + `steps` steps; what they took."""
+def assemble(
+    config: TrainConfig, backend: Backend, params: FluxParams, resolutions: Sequence[tuple[int, int]]
+) -> tuple[Job, Trained, Trainer]:
+    """A run over synthetic data, with a `Stopwatch` as its listener; `batches(job)` are its micro-batches."""
     loader = RandomLoader(config, random_files(params), params)
-    data = synthetic_data(config, loader, arguments.resolutions, world=backend.world.size)
+    data = synthetic_data(config, loader, resolutions, world=backend.world.size)
     state = TrainState(
         step=0,
         seed=0,
@@ -248,17 +252,26 @@ def measure(
     )  # fmt: skip
     trained = build_trained(job)
     adapter = build_adapter(job, trained)
-    watch = Stopwatch()
     trainer = build_trainer(
         job,
         trained,
         module=backend.wrap(trained.root, trained.optimizer.optimizer),
         adapter=adapter,
-        listeners=(watch,),
+        listeners=(Stopwatch(),),
         should_stop=lambda: False,
     )
-    cuda = backend.world.device.type == "cuda"
+    return job, trained, trainer
+
+
+def measure(
+    config: TrainConfig, backend: Backend, params: FluxParams, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Train `warmup` + `steps` steps; what they took."""
+    job, trained, trainer = assemble(config, backend, params, arguments.resolutions)
     stream = batches(job)
+    cuda = backend.world.device.type == "cuda"
+    watch = Stopwatch()
+    reports = read_at_once(trainer, stream) if arguments.read_at_once else trainer.steps(stream)
     started = time.perf_counter()
     for number in range(arguments.warmup + arguments.steps):
         if number == arguments.warmup:
@@ -266,22 +279,21 @@ def measure(
                 torch.cuda.reset_peak_memory_stats()
             first = time.perf_counter() - started
             started = time.perf_counter()
-        report, _ = trainer.optimizer_step(stream)
-        watch.on_step(state, report)
+        watch.on_step(trainer.state, next(reports))
     elapsed = time.perf_counter() - started
     if arguments.profile:
-        profile(trainer, stream, Path(arguments.profile))
+        profile(reports, Path(arguments.profile))
     saved = saving(job, trained, trainer.state) if arguments.save else {}
     seconds = watch.seconds[arguments.warmup :]
     samples = sum(watch.samples[arguments.warmup :])
-    tokens = [loader.t5_length + (w // 16) * (h // 16) for w, h in arguments.resolutions]
+    tokens = [job.loader.t5_length + (w // 16) * (h // 16) for w, h in arguments.resolutions]
     flops = statistics.mean(flops_per_sample(params, count) for count in tokens)
     return {
         "options": arguments.given,
         "ranks": backend.world.size,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
-        "trainable_parameters": sum(p.numel() for p in trained.parameters),
+        "trainable_parameters": sum(p.numel() for p in trainer.parameters),
         "seconds_per_step": round(statistics.median(seconds), 4),
         "seconds_min_max": [round(min(seconds), 4), round(max(seconds), 4)],
         "seconds_warmup": round(first, 2),
@@ -289,6 +301,7 @@ def measure(
         "teraflops_per_second": round(flops * samples / elapsed / backend.world.size / 1e12, 1),
         "peak_gb_allocated": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
         "peak_gb_reserved": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
+        "compiled_graphs": compiled_graphs(),
         "losses": [round(loss, 5) for loss in (watch.losses[0], watch.losses[-1])],
         **saved,
     }
@@ -322,14 +335,26 @@ def saving(job: Job, trained: Trained, state: TrainState) -> dict[str, float]:
     return {name: round(b - a, 2) for name, (a, b) in zip(names, pairwise(times), strict=True)}
 
 
-def profile(trainer: Any, stream: Any, path: Path) -> None:
+def read_at_once(trainer: Trainer, stream: Iterator[Batch]) -> Iterator[StepReport]:
+    """Steps whose numbers are read before the next one begins, whatever the optimizer allows."""
+    while True:
+        yield trainer.optimizer_step(stream)[0]
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch has compiled: two for each set of shapes is what a LoRA should need."""
+    counters = sys.modules.get("torch._dynamo.utils")
+    return 0 if counters is None else int(counters.counters["stats"]["unique_graphs"])
+
+
+def profile(reports: Iterator[StepReport], path: Path) -> None:
     """Two more steps under torch's profiler; the kernels that take longest go to `path`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(2):
-            trainer.optimizer_step(stream)
+            next(reports)
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     path.write_text(
         recorded.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=110), encoding="utf-8"
@@ -350,6 +375,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--json", metavar="FILE", help="append the result as one line of JSON")
     parser.add_argument("--save", action="store_true", help="time saving and loading too")
     parser.add_argument("--profile", metavar="FILE", help="profile two more steps")
+    parser.add_argument(
+        "--read_at_once", action="store_true", help="read every step's loss before the next step begins"
+    )
     own, rest = parser.parse_known_args(argv)
     own.given = list(argv)
     own.resolutions = [tuple(int(side) for side in text.split("x")) for text in own.resolutions]

@@ -29,7 +29,6 @@ IMPLICATIONS = (
     Implication("cache_text_encoder_outputs_to_disk", "cache_text_encoder_outputs", True, overrides=True),
     Implication("fp8_base_unet", "fp8_base", True, overrides=True),
     Implication("cpu_offload_checkpointing", "gradient_checkpointing", True, overrides=True),
-    Implication("torch_compile", "compile_blocks", "on", overrides=True),
     Implication("split_mode", "blocks_to_swap", 18, yields=True),
     Implication("ds_config", "deepspeed", True, overrides=True),
     Implication("caption_extention", "caption_extension", overrides=True),
@@ -41,6 +40,7 @@ IMPLICATIONS = (
         "dynamo_backend", "torch_compile", True, yields=True,
         remark="turns torch_compile on, unlike in Kohya's trainer; set torch_compile to false if that is not meant",
     ),
+    Implication("torch_compile", "compile_blocks", "on", overrides=True),
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from library import randomness
-from library.adapters.flux import FluxAdapter, FluxTrainModule, ForwardSettings
+from library.adapters.flux import TEXT_LENGTHS, FluxAdapter, FluxTrainModule, ForwardSettings
 from library.config.prompts import SamplePrompt, load_prompts
 from library.config.sections.memory import MemoryConfig
 from library.config.train_config import TrainConfig
@@ -154,6 +154,7 @@ def build_adapter(job: Job, trained: Trained) -> FluxAdapter:
         tokenizers=job.loader.tokenizers if live else None,
         encode_images=None if cached else image_encoder(job.loader.autoencoder(), device),
         seed=job.state.seed,
+        drop_padding=job.config.model.apply_t5_attn_mask,
     )
 
 
@@ -170,7 +171,8 @@ def live_text_encoders(
 def _token_shapes(job: Job) -> int:
     """How many sizes of token streams a run sees: its buckets, and lengths of text where padding is left out."""
     buckets = {placement.bucket for placement in job.data.training.placements}
-    return len(buckets) * (8 if job.config.model.apply_t5_attn_mask else 1)
+    lengths = -(-job.loader.t5_length // TEXT_LENGTHS) if job.config.model.apply_t5_attn_mask else 1
+    return len(buckets) * lengths
 
 
 def _place(network: NetworkHandle, config: TrainConfig, device: torch.device) -> None:

@@ -358,5 +358,5 @@ def test_resolved_table_has_every_option_and_hides_secrets(write):
     )  # fmt: skip
     assert table["wandb_api_key"].value == "***"
     assert table["xformers"].state == "none"
-    assert table["xformers"].effect.startswith("none: attention is always")
+    assert table["xformers"].effect.startswith("none: `attention` chooses")
     assert table["max_train_epochs"].value == "-"
