@@ -15,12 +15,14 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.files.user_cache import cache_folder
+from library.models.activation_checkpoint import recompute_cheap
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +43,26 @@ class CompiledBlocks:
             block: torch.compile(block, backend=backend, dynamic=None if self.dynamic else False)
             for block in blocks
         }
+        self._recomputing: Callable[..., Any] = torch.compile(
+            recompute_cheap, backend=backend, dynamic=None if self.dynamic else False
+        )
         self.failure: Exception | None = None
 
-    def call(self, block: nn.Module) -> Callable[..., Any]:
-        """What to call in place of `block` now."""
-        if self.failure is not None or not block.training:
-            return block
-        return lambda *arguments: self._run(block, *arguments)
+    def active(self, block: nn.Module) -> bool:
+        """Whether `block` runs compiled now."""
+        return self.failure is None and block.training
 
-    def _run(self, block: nn.Module, *arguments: object) -> Any:
-        if self.failure is None:
+    def call(self, block: nn.Module, *, recomputes: bool = False) -> Callable[..., Any]:
+        """What to call in place of `block` now; with `recomputes`, `recompute_cheap` of it."""
+        if not self.active(block):
+            return block
+        function = partial(self._recomputing, block) if recomputes else self._compiled[block]
+        return lambda *arguments: self._run(function, block, *arguments)
+
+    def _run(self, function: Callable[..., Any], block: nn.Module, *arguments: object) -> Any:
+        if self.failure is None:  # a recomputation may come after it
             try:
-                return self._compiled[block](*arguments)
+                return function(*arguments)
             except self._failures as error:
                 self.failure = error
                 lines = str(error).strip().splitlines()

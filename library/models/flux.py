@@ -8,7 +8,7 @@ Embed, double blocks, single blocks, last layer, as Black Forest Labs published 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,6 @@ from library.models.layers import (
 )
 from library.models.params import FluxParams
 from library.models.rope import rotations
-
-Result = TypeVar("Result")
 
 
 class Flux(nn.Module):
@@ -57,14 +55,15 @@ class Flux(nn.Module):
         self.final_layer = LastLayer(hidden, params.out_channels)
 
     def enable_gradient_checkpointing(
-        self, *, blocks: int | None = None, offload_inputs: bool = False
+        self, *, blocks: int | None = None, offload_inputs: bool = False, cheap_only: bool = False
     ) -> None:
         """Recompute activations of the first `blocks` blocks (all if None) in the backward pass.
 
         Takes effect in train mode while gradients are recorded. `offload_inputs` keeps the blocks' inputs
-        in host memory meanwhile.
+        in host memory meanwhile; with `cheap_only` compiled blocks keep what is small and dear.
         """
-        self.recomputation = Recomputation(blocks, SavedOnHost() if offload_inputs else None)
+        inputs = SavedOnHost() if offload_inputs else None
+        self.recomputation = Recomputation(blocks, inputs, cheap_only)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation again."""
@@ -178,13 +177,19 @@ class Flux(nn.Module):
             stream.requires_grad_(True)
         return stream
 
-    def _run(self, index: int, block: Callable[..., Result], *arguments: object) -> Result:
+    def _run(self, index: int, block: nn.Module, *arguments: object) -> Any:
+        """Run block `index` as the options say: compiled, recomputed, with weights that travel."""
         recomputation = self._recomputation(index)
-        if self.compiled is not None and isinstance(block, nn.Module):
-            block = self.compiled.call(block)
+        call: Callable[..., Any] = block
+        within = False  # whether the compiled block sees to its recomputation itself
+        if self.compiled is not None:
+            within = recomputation is not None and recomputation.cheap_only and self.compiled.active(block)
+            call = self.compiled.call(block, recomputes=within)
         if self.swap is not None:
-            block = self.swap.with_weights(index, block, saves=recomputation is None)
-        return block(*arguments) if recomputation is None else recomputation.run(block, *arguments)
+            call = self.swap.with_weights(index, call, saves=recomputation is None or within)
+        if recomputation is None:
+            return call(*arguments)
+        return recomputation.run_compiled(call, *arguments) if within else recomputation.run(call, *arguments)
 
     def _recomputation(self, index: int | None) -> Recomputation | None:
         """How block `index`, None for an embedder, is recomputed in the backward pass; None if it is not."""

@@ -198,7 +198,9 @@ def _save_memory(
         )  # fmt: skip
     if not memory.gradient_checkpointing:
         return
-    transformer.enable_gradient_checkpointing(offload_inputs=memory.cpu_offload_checkpointing)
+    transformer.enable_gradient_checkpointing(
+        offload_inputs=memory.cpu_offload_checkpointing, cheap_only=memory.recompute == "cheap"
+    )
     network.enable_gradient_checkpointing()
     encoders: Sequence[ClipL | T5Encoder | None] = (clip_l, t5)
     for encoder in encoders:

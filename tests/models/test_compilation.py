@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from model_examples import flux_inputs, flux_params, random_flux
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -88,7 +89,38 @@ def test_one_compilation_a_class_and_the_same_gradients(options, backend, checkp
     assert counter.frame_count == 2, "no more than one graph for each class, no graph breaks"
 
 
-def test_blocks_that_travel_are_compiled_too():
+@pytest.mark.parametrize("options", [{"joins": True}, {"scaled": "fp8"}], ids=["joined", "fp8"])
+def test_recomputing_what_is_cheap_repeats_no_attention_and_no_narrow_product(options):
+    inputs = sized(10, 12)  # more tokens than what counts as few
+    expected = gradients(*trained(**options), inputs)
+    forward, backward = [], []
+
+    def look(into):
+        def compiler(graph, _inputs):
+            into.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    model, network = trained(**options)
+    model.enable_gradient_checkpointing(cheap_only=True)
+    model.enable_compilation(
+        backend=aot_autograd(
+            fw_compiler=look(forward), bw_compiler=look(backward),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+    )  # fmt: skip
+    alike(gradients(model, network, inputs), expected)
+    assert sum("scaled_dot_product" in target for target in forward) == 2, "one for each class"
+    assert sum("scaled_dot_product" in target and "backward" not in target for target in backward) == 0
+    # Repeated are those that widen: qkv and MLP of the image (text is short here), and the single block's first.
+    if "joins" in options:
+        assert forward.count("polyrank.joined.default") == 10 + 3
+        assert backward.count("polyrank.joined.default") == 2 + 1
+
+
+@pytest.mark.parametrize("cheap", [None, True])
+def test_blocks_that_travel_are_compiled_too(cheap):
     params = flux_params(depth=4, singles=6)
     models = []
     for swapped in (0, 2):
@@ -98,6 +130,8 @@ def test_blocks_that_travel_are_compiled_too():
         network.apply()
         network.parameter_groups(learning_rate=1.0, unet_lr=None, text_encoder_lr=None)
         if swapped:
+            if cheap:
+                model.enable_gradient_checkpointing(cheap_only=True)
             model.enable_block_swap(swapped)
         model.enable_compilation(backend="aot_eager")
         models.append(gradients(model, network, flux_inputs(params)))

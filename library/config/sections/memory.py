@@ -14,6 +14,12 @@ class MemoryConfig:
     """Memory and speed."""
 
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    recompute: str = option(
+        "all",
+        "what gradient_checkpointing recomputes; cheap keeps attention and narrow products where blocks are compiled",
+        choices=("all", "cheap"),
+        ours=True,
+    )
     fp8_base: bool = option(False, "store frozen weights as float8 and compute in the training precision")
     fp8_base_unet: bool = option(False, "the same for the transformer only; implies fp8_base")
     base_compute: str = option(
