@@ -115,7 +115,7 @@ def _joining_forward(self: nn.Linear, x: Tensor, low_rank: LowRank | None = None
 def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
     transposed = getattr(linear, "weight_transposed", None)
     out: Tensor = _ScaledProduct.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]), linear.weight, linear.weight_scale, transposed
+        x.reshape(-1, x.shape[-1]), linear.weight, linear.weight_scale.float(), transposed
     )
     out = out.view(*x.shape[:-1], -1)
     return out if bias is None else out + bias

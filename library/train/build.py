@@ -101,7 +101,7 @@ def build_trained(job: Job) -> Trained:
     # Initial weights come from torch's global generator: the same on every rank, whatever ran before.
     torch.manual_seed(randomness.integer(job.state.seed, "network initialisation"))
     merge_base_weights(config.network, text_encoders=encoders, transformer=transformer)
-    speed = Speed(config, device)
+    speed = Speed(config, job.backend.world.device)
     speed.before_network(transformer)
     network = create(config.network, text_encoders=encoders, transformer=transformer)
     network.prepare(config.flat())

@@ -69,7 +69,10 @@ class Speed:
                 if not frozen.is_scaled(linear):
                     self.scale(linear)
             logger.info("base_compute: the blocks multiply %s", self.scaled)
-        if memory.join_adapter == "on" or (memory.join_adapter == "auto" and self.device.type == "cuda"):
+        # ZeRO-3 brings weights to the module that is called, and a joined adapter's factors are not.
+        brings = self.config.distributed.uses_deepspeed and self.config.distributed.zero_stage == 3
+        automatic = memory.join_adapter == "auto" and self.device.type == "cuda" and not brings
+        if memory.join_adapter == "on" or automatic:
             for linear in linears:
                 frozen.install_joining(linear)
 

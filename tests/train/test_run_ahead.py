@@ -14,7 +14,8 @@ import torch
 from library.errors import TrainingDiverged
 from library.train.setup import batches, connected
 from library.train.trainer import Trainer
-from tools.bench_train import SIZES, assemble, parse
+from tools.bench_data import SIZES
+from tools.bench_train import assemble, parse
 
 STEPS = 6
 
