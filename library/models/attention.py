@@ -92,7 +92,9 @@ def use(chosen: str, verdict: Verdict) -> None:
     }
     for name, switch in switches.items():
         switch(name in order)
-    torch._C._set_sdp_priority_order([BACKENDS[name].value for name in dict.fromkeys(order)])
+    first = [BACKENDS[name].value for name in dict.fromkeys(order)]
+    others = [number for number in torch._C._get_sdp_priority_order() if number not in first]
+    torch._C._set_sdp_priority_order([*first, *others])
 
 
 def kept_verdict(device: torch.device, dtype: torch.dtype, *, compiled: bool) -> Verdict:
@@ -132,38 +134,45 @@ def trial(
     kernels: Sequence[str] = TRIED,
     command: Sequence[str] = (sys.executable, "-m", "library.models.attention"),
 ) -> Verdict:
-    """Try each kernel in a process of its own that may crash or hang."""
+    """Try kernels in a process that may crash or hang; what comes after one that did gets a fresh process."""
     seconds: dict[str, float | None] = {}
     faults: dict[str, str] = {}
-    for name in kernels:
-        arguments = [
-            name,
-            str(device),
-            str(dtype).removeprefix("torch."),
-            "compiled" if compiled else "eager",
-        ]
-        try:
-            ended = subprocess.run(
-                [*command, *arguments], capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False,
-                cwd=Path(__file__).resolve().parents[2],
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            seconds[name], faults[name] = None, f"no answer in {TRIAL_SECONDS} s"
-            continue
-        lines = (ended.stdout if ended.returncode == 0 else ended.stderr).strip().splitlines()
-        last = lines[-1] if lines else f"it ended its process with code {ended.returncode}"
-        if ended.returncode == 0:
-            seconds[name] = float(last)
-        else:
-            seconds[name], faults[name] = None, last[:200]
+    setting = (str(device), str(dtype).removeprefix("torch."), "compiled" if compiled else "eager")
+    while left := [name for name in kernels if name not in seconds]:
+        said, fault = _run([*command, *setting, *left])
+        for line in said.splitlines():
+            name, _, answer = line.partition(" ")
+            if name in left:
+                seconds[name] = float(answer)
+        failed = next((name for name in left if name not in seconds), None)
+        if failed is not None:
+            seconds[failed], faults[failed] = None, fault
     return Verdict(seconds, faults)
 
 
+def _run(command: Sequence[str]) -> tuple[str, str]:
+    """What a command printed, and what ended it."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False, cwd=root
+        )
+    except subprocess.TimeoutExpired as expired:
+        said = expired.stdout or b""
+        return said.decode() if isinstance(said, bytes) else said, f"no answer in {TRIAL_SECONDS} s"
+    lines = ended.stderr.strip().splitlines()
+    # Of a crash the last line of stderr tells nothing.
+    complained = ended.returncode == 1 and lines
+    return ended.stdout, lines[-1][
+        :200
+    ] if complained else f"it ended its process with code {ended.returncode}"
+
+
 def check(
-    name: str, device: torch.device, dtype: torch.dtype, *, compiled: bool, length: int = LENGTH
+    name: str, device: torch.device, dtype: torch.dtype, *, compiled: bool, length: int | None = None
 ) -> None:
     """Hold one kernel against the plain formula. Raises RuntimeError where it is wrong or cannot be used."""
-    function = _attend
+    length, function = length or LENGTH, _attend
     if compiled:
         function = torch.compile(_attend, dynamic=False)
     masks: list[Tensor | None] = [None]
@@ -178,14 +187,14 @@ def check(
         wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
         expected = _differentiate(_formula, wide, masked)
         for what, got, wanted in zip(("output", "dq", "dk", "dv"), results, expected, strict=True):
-            distance = float((got.float() - wanted).abs().max() / wanted.abs().max())
+            distance = float(((got.float() - wanted).abs().max() / wanted.abs().max()).detach())
             if not distance < _TOLERANCE[dtype]:
                 raise RuntimeError(f"{what} is off by {distance:.2g} of the largest value")
 
 
-def time_kernel(name: str, device: torch.device, dtype: torch.dtype, *, length: int = LENGTH) -> float:
+def time_kernel(name: str, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of one forward and backward of all heads: the least of a few."""
-    inputs = _inputs(device, dtype, heads=HEADS, length=length)
+    inputs = _inputs(device, dtype, heads=HEADS, length=LENGTH)
     taken = []
     with sdpa_kernel(BACKENDS[name]):
         for _ in range(5):
@@ -233,14 +242,18 @@ def _wait(device: torch.device) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Try one kernel: its seconds on stdout, or what is wrong with it on stderr and code 1."""
-    name, device, dtype = argv[0], torch.device(argv[1]), getattr(torch, argv[2])
-    try:
-        check(name, device, dtype, compiled=argv[3] == "compiled")
-        sys.stdout.write(f"{time_kernel(name, device, dtype)}\n")
-    except (RuntimeError, ValueError) as error:
-        sys.stderr.write(" ".join(str(error).split()) + "\n")
-        return 1
+    """Try kernels one after another: name and seconds of each on stdout, until one is wrong (stderr, code 1)."""
+    device, dtype = torch.device(argv[0]), getattr(torch, argv[1])
+    for name in argv[3:]:
+        try:
+            check(name, device, dtype, compiled=argv[2] == "compiled")
+            taken = time_kernel(name, device, dtype)
+        except (RuntimeError, ValueError) as error:
+            # Whatever comes after an error of the GPU fails as well: the rest is for another process.
+            sys.stderr.write(" ".join(str(error).split())[:200] + "\n")
+            return 1
+        sys.stdout.write(f"{name} {taken}\n")
+        sys.stdout.flush()
     return 0
 
 

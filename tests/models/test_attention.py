@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.models import attention
-from library.models.attention import Verdict, check, settle, trial
+from library.models.attention import Verdict, check, main, settle, trial, use
 
 CPU = torch.device("cpu")
 
@@ -41,24 +41,25 @@ def test_a_kernel_that_ignores_the_mask_is_found_out(monkeypatch):
 
 def test_a_crash_a_complaint_and_an_answer(monkeypatch):
     program = (
-        "import os, sys\n"
-        "name = sys.argv[1]\n"
-        "print('warming up')\n"
-        "if name == 'cudnn': os.abort()\n"
-        "if name == 'flash': sys.exit('dq is off by 0.9 of the largest value')\n"
-        "if name == 'slow': import time; time.sleep(60)\n"
-        "print(0.25)\n"
+        "import os, sys, time\n"
+        "for name in sys.argv[4:]:\n"
+        "    if name == 'cudnn': os.abort()\n"
+        "    if name == 'flash': sys.exit('dq is off by 0.9 of the largest value')\n"
+        "    if name == 'slow': time.sleep(60)\n"
+        "    print(name, 0.25, flush=True)\n"
     )
     monkeypatch.setattr(attention, "TRIAL_SECONDS", 2)
     found = trial(
-        CPU, torch.float32, compiled=False, kernels=("cudnn", "flash", "slow", "efficient"),
+        CPU, torch.float32, compiled=False, kernels=("first", "cudnn", "flash", "second", "slow", "efficient"),
         command=(sys.executable, "-c", program),
     )  # fmt: skip
-    assert found.seconds == {"cudnn": None, "flash": None, "slow": None, "efficient": 0.25}
+    assert found.seconds == {
+        "first": 0.25, "cudnn": None, "flash": None, "second": 0.25, "slow": None, "efficient": 0.25
+    }  # fmt: skip
     assert found.faults["flash"] == "dq is off by 0.9 of the largest value"
     assert "ended its process" in found.faults["cudnn"]
     assert "no answer" in found.faults["slow"]
-    assert found.fastest == "efficient"
+    assert found.fastest in ("first", "second", "efficient")
 
 
 def test_the_fastest_right_kernel_wins():
@@ -89,3 +90,36 @@ def test_a_verdict_is_kept(monkeypatch, tmp_path):
     attention.kept_verdict(CPU, torch.bfloat16, compiled=True)
     attention.kept_verdict(CPU, torch.float16, compiled=True)
     assert len(tried) == 3
+
+
+def test_the_process_of_a_trial_gives_seconds_or_a_reason(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "LENGTH", 96)
+    monkeypatch.setattr(attention, "HEADS", 2)
+    assert main(["cpu", "float32", "eager", "math", "flash", "cudnn", "efficient"]) == 1
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["math", "flash"]
+    assert all(float(line.split()[1]) > 0 for line in said.out.splitlines())
+    assert said.err.strip()
+
+
+def test_what_failed_is_off_and_the_chosen_one_comes_first():
+    flags = torch.backends.cuda
+    before = [
+        flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled(),
+        flags.math_sdp_enabled(),
+    ]  # fmt: skip
+    order = torch._C._get_sdp_priority_order()
+    try:
+        use("efficient", Verdict({"cudnn": None, "flash": 0.2, "efficient": 0.3}, {}))
+        assert not flags.cudnn_sdp_enabled()
+        assert flags.flash_sdp_enabled()
+        first = torch._C._get_sdp_priority_order()
+        assert first[:2] == [int(attention.BACKENDS["efficient"]), int(attention.BACKENDS["flash"])]
+        assert sorted(first) == sorted(order)
+    finally:
+        for switch, state in zip(
+            (flags.enable_cudnn_sdp, flags.enable_flash_sdp, flags.enable_mem_efficient_sdp, flags.enable_math_sdp),
+            before, strict=True,
+        ):  # fmt: skip
+            switch(state)
+        torch._C._set_sdp_priority_order(order)
