@@ -30,6 +30,7 @@ from library.config.load import load_config
 from library.config.train_config import TrainConfig
 from library.data.records import Batch
 from library.distributed.base import Backend
+from library.log import setup_logging
 from library.models.params import FluxParams
 from library.train.build import Job, Trained, build_adapter, build_trained
 from library.train.checkpoint import load_run
@@ -247,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement; rank 0 prints it."""
     own, config = parse(sys.argv[1:] if argv is None else argv)
     with connected(config) as backend:
+        setup_logging(is_main=backend.world.is_main, console=Console(stderr=True), simple=True)
         result = measure(config, backend, SIZES[own.size], own)
         if backend.world.is_main:
             print(json.dumps(result))

@@ -179,6 +179,15 @@ def precision_fits(context: Context) -> None:
         )
 
 
+def cheap_recomputation_has_a_compiler(context: Context) -> None:
+    """What is cheap is told apart within compiled blocks."""
+    memory = context.config.memory
+    if memory.recompute == "cheap" and not (memory.gradient_checkpointing and memory.compile_blocks != "off"):
+        context.notices.remarks.append(
+            f"{context.said('recompute')} has no effect: it needs gradient_checkpointing and compile_blocks"
+        )
+
+
 def base_weights_can_be_read(context: Context) -> None:
     """GGPO measures the rows of base weights, which scales are no part of."""
     memory, words = context.config.memory, context.config.network.network_args
@@ -337,6 +346,7 @@ RULES = (
     huber_has_a_schedule,
     precision_fits,
     base_weights_can_be_read,
+    cheap_recomputation_has_a_compiler,
     optimizer_fits_half_weights,
     length_is_given_once,
     batch_is_given_once,

@@ -165,8 +165,12 @@ class BuiltOptimizer:
         return float(rate(group, started))
 
 
-def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOptimizer:
+def build(
+    config: OptimizerConfig, groups: Sequence[ParameterGroup], *, may_fuse: bool = True
+) -> BuiltOptimizer:
     """The optimizer that the options name, over `groups`.
+
+    With `may_fuse` AdamW steps in one kernel on NVIDIA GPUs unless its arguments say otherwise.
 
     Raises `ConfigError` for unknown names and arguments and `EnvironmentUnsupported` for a missing package.
     """
@@ -181,7 +185,7 @@ def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOpt
         notices += _check_adaptive(recipe, [cast(float, entry["lr"]) for entry in entries])
     optimizer = _construct(
         kind, entries, None if relative else config.learning_rate,
-        {**recipe.fixed, **_fused(recipe, arguments, groups), **arguments},
+        {**recipe.fixed, **(_fused(recipe, arguments, groups) if may_fuse else {}), **arguments},
     )  # fmt: skip
     switches = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
     is_schedule_free = switches and recipe.name.lower().endswith("schedulefree")
@@ -249,7 +253,7 @@ def _choose(config: OptimizerConfig) -> tuple[Recipe, tuple[str, ...]]:
 def _fused(
     recipe: Recipe, arguments: Mapping[str, object], groups: Sequence[ParameterGroup]
 ) -> dict[str, object]:
-    """AdamW in one kernel where it is faster, on NVIDIA GPUs: the same sums, unless another form was chosen."""
+    """What makes AdamW one kernel, if it can be: the same sums in another order of kernels."""
     chosen = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group.params)
     plain = (recipe.module, recipe.name) == ("torch.optim", "AdamW")

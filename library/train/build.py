@@ -115,7 +115,8 @@ def build_trained(job: Job) -> Trained:
         unet_lr=config.optimizer.unet_lr,
         text_encoder_lr=config.optimizer.text_encoder_lr,
     )
-    optimizer = factory.build(config.optimizer, groups)
+    # DeepSpeed takes the optimizer apart, and puts its states where it likes.
+    optimizer = factory.build(config.optimizer, groups, may_fuse=not config.distributed.uses_deepspeed)
     schedule = schedules.build(
         config.schedule,
         optimizer,

@@ -25,7 +25,7 @@ class MemoryConfig:
     base_compute: str = option(
         "bf16",
         "how frozen weights of the blocks are multiplied: bf16 means the training precision, fp8 and int8 take "
-        "8 bits with scales, auto the fastest of them that the GPU has",
+        "8 bits with scales, auto fp8 where the GPU has it, else int8",
         choices=("bf16", "fp8", "int8", "auto"),
         ours=True,
     )
