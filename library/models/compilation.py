@@ -97,7 +97,8 @@ def _configure() -> type[Exception]:
     dynamo.config.recompile_limit = max(_VARIANTS, dynamo.config.recompile_limit)
     # A backward pass that cannot be compiled is found out in the first forward pass.
     autograd: Any = importlib.import_module("torch._functorch.config")
-    autograd.force_non_lazy_backward_lowering = True
+    if hasattr(autograd, "force_non_lazy_backward_lowering"):  # not in every torch
+        autograd.force_non_lazy_backward_lowering = True
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     failure: type[Exception] = dynamo.exc.TorchDynamoException
     return failure
