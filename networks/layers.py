@@ -12,12 +12,17 @@ A split layer (q, k, v and mlp rows of a fused projection, each with an adapter 
 thing with a block-diagonal `up`: its rank is the parts' together and its alpha the parts' sum, which is
 also how it is written to a file, so every reader gets the trained strength.
 
+Where the layer's own `forward` takes a low-rank product along (an argument `low_rank`), it gets the factors and
+returns the sum: the owner of the weight can add it for less. Whatever comes between the factors (dropouts)
+or beside them (GGPO) is computed here as ever.
+
 Dropout masks come from torch's global generators, as the recomputation of activations and torch's own
 dropout need; the trainer seeds them.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,7 +93,8 @@ class LoRALinear(nn.Module):
         self.register_buffer("alpha", torch.tensor(total, dtype=torch.float32))
         # In a tuple, so that the base layer is not registered as part of the adapter.
         self._linear = (linear,)
-        self._base_forward: Callable[[Tensor], Tensor] | None = None
+        self._base_forward: Callable[..., Tensor] | None = None
+        self._base_joins = False
 
     @property
     def linear(self) -> nn.Linear:
@@ -110,14 +116,20 @@ class LoRALinear(nn.Module):
         """Take over the layer's `forward`: the instance's, as every network of this interface does."""
         assert self._base_forward is None, f"{self.lora_name} is applied already"
         self._base_forward = self.linear.forward
+        self._base_joins = "low_rank" in inspect.signature(self._base_forward).parameters
         self.linear.forward = self.forward  # type: ignore[method-assign, assignment]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         """The layer's output with the adapter, in the dtype of the layer's own output."""
         assert self._base_forward is not None, f"{self.lora_name} is not applied"
-        base = self._base_forward(x)
         if self.multiplier == 0 and not torch.is_grad_enabled():
-            return base
+            return self._base_forward(x)
+        if self._base_joins and not self._between_factors():
+            up = self.joined_up() if self.parts else self.ups()[0].weight
+            return self._base_forward(
+                x, low_rank=(self.lora_down.weight, up * (self.multiplier * self.scale))
+            )
+        base = self._base_forward(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_down.weight.dtype)
         hidden = self._drop(self.lora_down(x)) * (self.multiplier * self.scale)  # [..., rank]
@@ -125,6 +137,12 @@ class LoRALinear(nn.Module):
         if self.training and self.perturbation is not None:
             output = output + self.perturbation(x).to(base.dtype)
         return output
+
+    def _between_factors(self) -> bool:
+        """Whether more than the two factors shapes the output now."""
+        drop = self.dropouts
+        drops = bool(drop.activation or drop.rank or drop.module)
+        return self.training and (drops or self.perturbation is not None)
 
     def _up(self, hidden: Tensor) -> Tensor:  # [..., rank] -> [..., out]
         if isinstance(self.lora_up, nn.Linear):

@@ -45,7 +45,7 @@ PRESETS = (
 )
 # Modules whose two ways of computing agree: beside the layer ("bypass"), or by rebuilding its weight.
 _BESIDE = frozenset({"LoConModule", "LohaModule", "LokrModule", "GLoRAModule"})
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _DECOMPOSED = ".dora_scale"
 
 
@@ -200,8 +200,9 @@ def settle(network: Any, *, asked_bypass: bool) -> None:
             continue
         if weight.dtype in _EIGHT_BITS:
             raise NetworkPluginError(
-                f"LyCORIS's {kind} rebuilds base weights with these network_args, which fp8_base's 8 bits do "
-                "not allow; drop fp8_base, or use algo=lokr, loha, glora or locon without dora_wd and rank_dropout"
+                f"LyCORIS's {kind} rebuilds base weights with these network_args, which 8 bits do not "
+                "allow; drop fp8_base and base_compute, or use algo=lokr, loha, glora or locon without dora_wd "
+                "and rank_dropout"
             )
         if weight.dtype in (torch.bfloat16, torch.float16):
             warn_once(

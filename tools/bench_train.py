@@ -17,122 +17,29 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from library.config.dataset_settings import DatasetSettings, SubsetSettings
 from library.config.load import load_config
 from library.config.train_config import TrainConfig
-from library.data.dataset import TrainingData, place_records
-from library.data.discover import Discovered
-from library.data.plan import Plan, PlanSettings, units_per_step
-from library.data.readers import CachedLatents, CachedText
-from library.data.records import ImageRecord
+from library.data.records import Batch
 from library.distributed.base import Backend
-from library.models import precision
-from library.models.flux import Flux
-from library.models.identify import Part
+from library.log import setup_logging
 from library.models.params import FluxParams
 from library.train.build import Job, Trained, build_adapter, build_trained
 from library.train.checkpoint import load_run
-from library.train.loading import ModelLoader
-from library.train.prepare import Data, ModelFiles
 from library.train.resume import capture, restore
 from library.train.saving import Saver
 from library.train.setup import batches, build_trainer, connected
 from library.train.state import TrainState
-from library.train.trainer import StepReport
-
-SIZES = {
-    "dev": FluxParams(),
-    "tiny": FluxParams(
-        vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=4, mlp_hidden=512, depth=2,
-        depth_single_blocks=2, axes_dim=(8, 12, 12),
-    ),
-}  # fmt: skip
-IMAGES_PER_SIZE = 64
-
-
-@dataclass(frozen=True)
-class RandomLoader(ModelLoader):
-    """Makes a transformer of random weights where a run reads one from its file."""
-
-    params: FluxParams = field(default_factory=FluxParams)
-
-    def transformer(self, device: torch.device) -> Flux:
-        """Frozen normal weights of deviation 0.02 in the run's dtype, blocks in float8 with fp8_base."""
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            model = Flux(self.params).to(self.dtype)
-        model.to_empty(device=device)
-        # On a CPU (ZeRO-3 splits from there) twelve billion draws take minutes, so a million are repeated.
-        drawn = torch.randn(1 << 20, device=device).mul_(0.02).to(self.dtype)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(False)
-            if name.endswith("scale"):
-                torch.nn.init.ones_(parameter)
-            elif device.type == "cpu":
-                repeats = -(-parameter.numel() // drawn.numel())
-                parameter.data = drawn.repeat(repeats)[: parameter.numel()].view(parameter.shape)
-            else:
-                torch.nn.init.normal_(parameter, std=0.02)
-        if self.config.memory.fp8_base:
-            precision.store_blocks_in_fp8(model)
-        return model.eval()
-
-
-@dataclass(frozen=True)
-class RandomCaches:
-    """Latents and text outputs as a cache would give them, one tensor of each size, made once."""
-
-    params: FluxParams
-    t5_length: int
-
-    def text(self) -> CachedText:
-        """Outputs for any caption."""
-        generator = torch.Generator().manual_seed(1)
-        return CachedText(
-            torch.randn(self.params.vec_in_dim, generator=generator),
-            torch.randn(self.t5_length, self.params.context_in_dim, generator=generator),
-            torch.ones(self.t5_length, dtype=torch.long),
-        )
-
-
-@dataclass(frozen=True)
-class RandomLatents:
-    """A `LatentReader`."""
-
-    def read(
-        self, record: ImageRecord, *, bucket: tuple[int, int], flipped: bool, mask: bool
-    ) -> CachedLatents:
-        """Normal noise of the bucket's size, by record."""
-        del flipped, mask
-        generator = torch.Generator().manual_seed(int(record.key.rsplit("/", 1)[1]))
-        return CachedLatents(torch.randn(16, bucket[1] // 8, bucket[0] // 8, generator=generator), None)
-
-
-@dataclass(frozen=True)
-class RandomText:
-    """A `TextReader`."""
-
-    cached: CachedText
-
-    def caption(self, record: ImageRecord, *, visit: int, step: int) -> str:
-        """No words: the outputs are random."""
-        del record, visit, step
-        return ""
-
-    def read(self, record: ImageRecord, caption: str | None) -> CachedText:
-        """The same for every caption."""
-        del record, caption
-        return self.cached
+from library.train.trainer import StepReport, Trainer
+from tools.bench_data import SIZES, RandomLoader, random_files, synthetic_data
 
 
 @dataclass
@@ -145,6 +52,10 @@ class Stopwatch:
 
     def on_start(self, state: TrainState) -> TrainState:
         return state
+
+    def wants_weights(self, step: int) -> bool:
+        del step
+        return False
 
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         self.seconds.append(report.seconds)
@@ -160,64 +71,6 @@ class Stopwatch:
         return state
 
 
-def synthetic_data(
-    config: TrainConfig, loader: RandomLoader, sizes: Sequence[tuple[int, int]], *, world: int
-) -> Data:
-    """Cached pictures of each of `sizes` in buckets of their own."""
-    dataset = DatasetSettings(
-        resolution=sizes[0], batch_size=config.dataset.train_batch_size, enable_bucket=True, bucket_no_upscale=True,
-        bucket_reso_steps=16, subsets=(SubsetSettings(image_dir=Path("synthetic")),),
-    )  # fmt: skip
-    records = tuple(
-        ImageRecord(
-            key=f"0/synthetic/{number}", file=f"synthetic/{number}.png", size=size, caption="",
-            num_repeats=1, dataset=0, subset=0,
-        )
-        for number, size in enumerate(size for size in sizes for _ in range(IMAGES_PER_SIZE))
-    )  # fmt: skip
-    # A picture larger than the dataset's area would be scaled down: each has its own size as its area.
-    largest = max(sizes, key=lambda size: size[0] * size[1])
-    dataset = DatasetSettings(**{**_fields(dataset), "resolution": largest})
-    training = TrainingData(
-        datasets=(dataset,),
-        records=records,
-        placements=place_records((dataset,), records),
-        seed=0,
-        latents=RandomLatents(),
-        text=RandomText(RandomCaches(loader.params, loader.t5_length).text()),
-    )
-    plan = Plan(
-        training.planned_images(),
-        PlanSettings(
-            seed=0,
-            batch_sizes=(dataset.batch_size,),
-            units_per_step=units_per_step(
-                (dataset.batch_size,), world=world, accumulation=config.training.gradient_accumulation_steps,
-                global_batch_size=config.training.global_batch_size,
-            ),
-            max_train_steps=config.training.max_train_steps,
-        ),
-    )  # fmt: skip
-    found = Discovered(records=records, validation=(), subsets=(), notices=())
-    return Data((dataset,), found, training, plan, None, None, ())
-
-
-def _fields(settings: DatasetSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-
-
-def random_files(params: FluxParams) -> ModelFiles:
-    """No files: only what the headers of a model of this size would say."""
-
-    class Known(Part):  # the one thing asked of it
-        def params(self) -> FluxParams:
-            return params
-
-    nowhere = Path("random")
-    parts = {"flux": object.__new__(Known)}
-    return ModelFiles(nowhere, nowhere, nowhere, nowhere, None, MappingProxyType(parts))
-
-
 def flops_per_sample(params: FluxParams, tokens: int) -> float:
     """Multiply-adds times two of a forward pass and of the backward pass through a frozen base (inputs only)."""
     width, mlp = params.hidden_size, params.mlp_hidden
@@ -228,12 +81,12 @@ def flops_per_sample(params: FluxParams, tokens: int) -> float:
     return 2 * linear + 3.5 * attention
 
 
-def measure(
-    config: TrainConfig, backend: Backend, params: FluxParams, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Train `warmup` + `steps` steps; what they took."""
+def assemble(
+    config: TrainConfig, backend: Backend, params: FluxParams, resolutions: Sequence[tuple[int, int]]
+) -> tuple[Job, Trained, Trainer]:
+    """A run over synthetic data, with a `Stopwatch` as its listener; `batches(job)` are its micro-batches."""
     loader = RandomLoader(config, random_files(params), params)
-    data = synthetic_data(config, loader, arguments.resolutions, world=backend.world.size)
+    data = synthetic_data(config, loader, resolutions, world=backend.world.size)
     state = TrainState(
         step=0,
         seed=0,
@@ -248,17 +101,26 @@ def measure(
     )  # fmt: skip
     trained = build_trained(job)
     adapter = build_adapter(job, trained)
-    watch = Stopwatch()
     trainer = build_trainer(
         job,
         trained,
         module=backend.wrap(trained.root, trained.optimizer.optimizer),
         adapter=adapter,
-        listeners=(watch,),
+        listeners=(Stopwatch(),),
         should_stop=lambda: False,
     )
-    cuda = backend.world.device.type == "cuda"
+    return job, trained, trainer
+
+
+def measure(
+    config: TrainConfig, backend: Backend, params: FluxParams, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Train `warmup` + `steps` steps; what they took."""
+    job, trained, trainer = assemble(config, backend, params, arguments.resolutions)
     stream = batches(job)
+    cuda = backend.world.device.type == "cuda"
+    watch = Stopwatch()
+    reports = read_at_once(trainer, stream) if arguments.read_at_once else trainer.steps(stream)
     started = time.perf_counter()
     for number in range(arguments.warmup + arguments.steps):
         if number == arguments.warmup:
@@ -266,22 +128,21 @@ def measure(
                 torch.cuda.reset_peak_memory_stats()
             first = time.perf_counter() - started
             started = time.perf_counter()
-        report, _ = trainer.optimizer_step(stream)
-        watch.on_step(state, report)
+        watch.on_step(trainer.state, next(reports))
     elapsed = time.perf_counter() - started
     if arguments.profile:
-        profile(trainer, stream, Path(arguments.profile))
+        profile(reports, Path(arguments.profile))
     saved = saving(job, trained, trainer.state) if arguments.save else {}
     seconds = watch.seconds[arguments.warmup :]
     samples = sum(watch.samples[arguments.warmup :])
-    tokens = [loader.t5_length + (w // 16) * (h // 16) for w, h in arguments.resolutions]
+    tokens = [job.loader.t5_length + (w // 16) * (h // 16) for w, h in arguments.resolutions]
     flops = statistics.mean(flops_per_sample(params, count) for count in tokens)
     return {
         "options": arguments.given,
         "ranks": backend.world.size,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
-        "trainable_parameters": sum(p.numel() for p in trained.parameters),
+        "trainable_parameters": sum(p.numel() for p in trainer.parameters),
         "seconds_per_step": round(statistics.median(seconds), 4),
         "seconds_min_max": [round(min(seconds), 4), round(max(seconds), 4)],
         "seconds_warmup": round(first, 2),
@@ -289,6 +150,7 @@ def measure(
         "teraflops_per_second": round(flops * samples / elapsed / backend.world.size / 1e12, 1),
         "peak_gb_allocated": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
         "peak_gb_reserved": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
+        "compiled_graphs": compiled_graphs(),
         "losses": [round(loss, 5) for loss in (watch.losses[0], watch.losses[-1])],
         **saved,
     }
@@ -322,14 +184,26 @@ def saving(job: Job, trained: Trained, state: TrainState) -> dict[str, float]:
     return {name: round(b - a, 2) for name, (a, b) in zip(names, pairwise(times), strict=True)}
 
 
-def profile(trainer: Any, stream: Any, path: Path) -> None:
+def read_at_once(trainer: Trainer, stream: Iterator[Batch]) -> Iterator[StepReport]:
+    """Steps whose numbers are read before the next one begins, whatever the optimizer allows."""
+    while True:
+        yield trainer.optimizer_step(stream)[0]
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch has compiled: two for each set of shapes is what a LoRA should need."""
+    counters = sys.modules.get("torch._dynamo.utils")
+    return 0 if counters is None else int(counters.counters["stats"]["unique_graphs"])
+
+
+def profile(reports: Iterator[StepReport], path: Path) -> None:
     """Two more steps under torch's profiler; the kernels that take longest go to `path`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(2):
-            trainer.optimizer_step(stream)
+            next(reports)
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     path.write_text(
         recorded.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=110), encoding="utf-8"
@@ -350,6 +224,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--json", metavar="FILE", help="append the result as one line of JSON")
     parser.add_argument("--save", action="store_true", help="time saving and loading too")
     parser.add_argument("--profile", metavar="FILE", help="profile two more steps")
+    parser.add_argument(
+        "--read_at_once", action="store_true", help="read every step's loss before the next step begins"
+    )
     own, rest = parser.parse_known_args(argv)
     own.given = list(argv)
     own.resolutions = [tuple(int(side) for side in text.split("x")) for text in own.resolutions]
@@ -371,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement; rank 0 prints it."""
     own, config = parse(sys.argv[1:] if argv is None else argv)
     with connected(config) as backend:
+        setup_logging(is_main=backend.world.is_main, console=Console(stderr=True), simple=True)
         result = measure(config, backend, SIZES[own.size], own)
         if backend.world.is_main:
             print(json.dumps(result))

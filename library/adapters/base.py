@@ -16,6 +16,7 @@ class Conditions:
 
     text: TextCond | None
     tokens: TokenIds | None
+    has_padding: bool = True  # False where `text` is known to hold no padding, so that no mask is needed
 
 
 @dataclass(frozen=True, slots=True)

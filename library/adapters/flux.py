@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from library import randomness
 from library.adapters.base import Conditions, StepInputs
 from library.data.records import Batch, TextCond, TokenIds
+from library.flow.noise import on_device
 from library.flow.path import image_ids, pack, unpack
 from library.models.flux import Flux
 from library.models.text_encoders import ClipL, T5Encoder
 from library.models.tokenizers import FluxTokenizers
+
+TEXT_LENGTHS = 64  # tokens: lengths of text without padding are multiples of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,9 @@ class FluxTrainModule(nn.Module):
                 timesteps=t,
                 y=text.clip_pooled,
                 guidance=guidance,
-                txt_attention_mask=text.t5_mask if self.settings.apply_t5_attn_mask else None,
+                txt_attention_mask=text.t5_mask
+                if self.settings.apply_t5_attn_mask and cond.has_padding
+                else None,
             )  # [B, N, 64]
         return unpack(tokens, height=height, width=width)
 
@@ -121,6 +126,7 @@ class FluxAdapter:
     tokenizers: FluxTokenizers | None  # set when a text encoder runs during training
     encode_images: Callable[[Tensor, Tensor | None], Tensor] | None  # set when latents are not cached
     seed: int
+    drop_padding: bool = False  # apply_t5_attn_mask: padding is not looked at, so it need not be there
 
     def inputs(self, batch: Batch) -> StepInputs:
         latents = batch.latents
@@ -130,10 +136,17 @@ class FluxAdapter:
             latents = self.encode_images(batch.images.to(self.device), posterior_noise(self.seed, batch))
         return StepInputs(
             latents=self._move(latents).float(),
-            cond=Conditions(text=self._text(batch.text), tokens=self._tokens(batch.captions)),
+            cond=self._conditions(batch),
             mask=None if batch.mask is None else self._move(batch.mask),
             sample_weights=self._move(batch.loss_weights * batch.shares),
         )
+
+    def _conditions(self, batch: Batch) -> Conditions:
+        text, tokens, has_padding = batch.text, self._tokens(batch.captions), True
+        if text is not None and tokens is None and self.drop_padding:
+            text = without_padding(text)
+            has_padding = not bool(text.t5_mask.all())
+        return Conditions(text=self._text(text), tokens=tokens, has_padding=has_padding)
 
     def _text(self, text: TextCond | None) -> TextCond | None:
         if text is None:
@@ -151,7 +164,19 @@ class FluxAdapter:
         return TokenIds(clip=self._move(clip), t5=self._move(t5), t5_mask=self._move(t5_mask))
 
     def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return on_device(tensor, self.device)
+
+
+def without_padding(text: TextCond) -> TextCond:
+    """`text` without trailing tokens that are padding in every sample; lengths are multiples of 64.
+
+    Masked tokens are looked at by no other token, so nothing that counts changes. Few lengths come up, because
+    each is compiled and planned for.
+    """
+    used = text.t5_mask.bool().any(dim=0).nonzero()
+    last = int(used.max()) + 1 if len(used) else 1
+    length = min(text.t5_mask.shape[1], -(-last // TEXT_LENGTHS) * TEXT_LENGTHS)
+    return replace(text, t5_hidden=text.t5_hidden[:, :length], t5_mask=text.t5_mask[:, :length])
 
 
 def posterior_noise(seed: int, batch: Batch) -> Tensor:

@@ -189,7 +189,7 @@ PHRASES: Mapping[str, Phrase] = {
     "global_batch_size": "{} pictures make one optimizer step, over all GPUs",
     "seed": "decides every random choice",
     "mixed_precision": _precision,
-    "dynamo_backend": "compiles by {} with torch_compile",
+    "dynamo_backend": "compiles by {} where blocks are compiled",
     "ddp_timeout": "a rank that is silent for {} minutes ends the run",
     "output_dir": "what the run makes is written here",
     "output_name": "names of files begin with {}",

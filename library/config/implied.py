@@ -40,6 +40,7 @@ IMPLICATIONS = (
         "dynamo_backend", "torch_compile", True, yields=True,
         remark="turns torch_compile on, unlike in Kohya's trainer; set torch_compile to false if that is not meant",
     ),
+    Implication("torch_compile", "compile_blocks", "on", overrides=True),
 )  # fmt: skip
 
 

@@ -173,6 +173,29 @@ def precision_fits(context: Context) -> None:
         raise ConfigError(
             f"{context.said('fp8_base')} needs mixed_precision bf16 or fp16: set mixed_precision to bf16"
         )
+    if memory.base_compute != "bf16" and training.mixed_precision == "no":
+        raise ConfigError(
+            f"{context.said('base_compute')} needs mixed_precision bf16 or fp16: set mixed_precision to bf16"
+        )
+
+
+def cheap_recomputation_has_a_compiler(context: Context) -> None:
+    """What is cheap is told apart within compiled blocks."""
+    memory = context.config.memory
+    if memory.recompute == "cheap" and not (memory.gradient_checkpointing and memory.compile_blocks != "off"):
+        context.notices.remarks.append(
+            f"{context.said('recompute')} has no effect: it needs gradient_checkpointing and compile_blocks"
+        )
+
+
+def base_weights_can_be_read(context: Context) -> None:
+    """GGPO measures the rows of base weights, which scales are no part of."""
+    memory, words = context.config.memory, context.config.network.network_args
+    if memory.base_compute != "bf16" and any(word.strip().startswith("ggpo_") for word in words):
+        raise ConfigError(
+            f"network_args ggpo_sigma and ggpo_beta cannot be used with {context.said('base_compute')}: "
+            "set base_compute to bf16"
+        )
 
 
 def optimizer_fits_half_weights(context: Context) -> None:
@@ -256,7 +279,7 @@ def timesteps_are_a_range(context: Context) -> None:
 def backend_exists(context: Context) -> None:
     """Kohya's list of compilers is older than torch's."""
     memory = context.config.memory
-    if memory.torch_compile and memory.dynamo_backend in GONE_BACKENDS:
+    if memory.compile_blocks != "off" and memory.dynamo_backend in GONE_BACKENDS:
         raise ConfigError(
             f"{context.said('dynamo_backend')} is no longer part of torch: use inductor, or leave it out"
         )
@@ -322,6 +345,8 @@ RULES = (
     schedule_is_known,
     huber_has_a_schedule,
     precision_fits,
+    base_weights_can_be_read,
+    cheap_recomputation_has_a_compiler,
     optimizer_fits_half_weights,
     length_is_given_once,
     batch_is_given_once,

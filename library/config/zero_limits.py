@@ -116,8 +116,20 @@ LIMITS = (
         "leave it out (stage 3 divides bf16 weights by the number of GPUs), or use zero_stage 2",
     ),
     Limit(
-        "torch_compile",
-        (3,), lambda c: c.memory.torch_compile,
+        "base_compute",
+        (3,), lambda c: c.memory.base_compute != "bf16",
+        "DeepSpeed splits float32, bf16 and fp16 weights only",
+        "leave it out, or use zero_stage 2",
+    ),
+    Limit(
+        "join_adapter on",
+        (3,), lambda c: c.memory.join_adapter == "on",
+        "a layer cannot use weights that DeepSpeed brings for another module",
+        "leave it out, or use zero_stage 2",
+    ),
+    Limit(
+        "torch_compile and compile_blocks",
+        (3,), lambda c: c.memory.compile_blocks != "off",
         "weights come and go within the compiled blocks",
         "leave it out, or use zero_stage 2",
     ),

@@ -36,6 +36,11 @@ class World:
 class Stepper(Protocol):
     """How gradients become an update: unscaling, clipping, the step itself."""
 
+    @property
+    def leaves_to_device(self) -> bool:
+        """Whether `step` asks nothing of the host: it makes the optimizer's own step, which may leave itself out."""
+        ...
+
     def clip(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Unscale and clip the L2 norm of the gradients to `max_norm` (0: only measure). Returns the norm before it."""
         ...

@@ -160,6 +160,11 @@ class ZeroStepper:
         self._scale = DynamicScale() if fp16 else None
         self._tell_scale()
 
+    @property
+    def leaves_to_device(self) -> bool:
+        """Never: the engine steps what it made of the optimizer."""
+        return False
+
     def clip(self, optimizer: Optimizer, parameters: Any, max_norm: float) -> Tensor:
         """Measure; ZeRO clips while it steps. Infinite where a gradient is not finite."""
         del optimizer, parameters

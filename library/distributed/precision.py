@@ -35,6 +35,11 @@ class LossScaler:
         """Backpropagate the scaled loss."""
         torch.autograd.backward(self.scaled(loss))
 
+    @property
+    def leaves_to_device(self) -> bool:
+        """Not with fp16, whose scale follows the overflows that the host sees."""
+        return not self._scaler.is_enabled()
+
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the present scale."""
         scaled: Tensor = self._scaler.scale(loss)

@@ -28,6 +28,13 @@ def draw_noise(
     return torch.from_numpy(np.stack(draws))
 
 
+def on_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """`drawn` on `device`, without waiting for what the device computes meanwhile."""
+    if device.type != "cuda" or drawn.is_cuda:
+        return drawn.to(device)
+    return drawn.pin_memory().to(device, non_blocking=True)
+
+
 def draw_normal(seed: int, visits: Sequence[Visit], *, purpose: str) -> Tensor:  # [B]
     """One standard normal float32 number for each visit; on the CPU."""
     return draw_noise(seed, visits, (), purpose=purpose)

@@ -18,7 +18,7 @@ from torch import Tensor
 from library.config.sections.objective import ObjectiveConfig
 from library.errors import ConfigError
 from library.flow.loss import HUBER_SCHEDULES, ROBUST, loss_per_sample
-from library.flow.noise import draw_noise, draw_normal, draw_uniform
+from library.flow.noise import draw_noise, draw_normal, draw_uniform, on_device
 from library.flow.path import PREDICTION_TYPES, interpolate, num_tokens, velocity
 from library.flow.timesteps import NUM_TIMESTEPS, sample_sigmas, sampler
 from library.randomness import Visit
@@ -56,9 +56,9 @@ class Objective:
 
     def draw(self, latents: Tensor, visits: Sequence[Visit], *, seed: int) -> Draw:
         """Noise and noise level of a training step for latents [B, C, h, w], on their device."""
-        noise = draw_noise(seed, visits, latents.shape[1:]).to(latents.device)
+        noise = on_device(draw_noise(seed, visits, latents.shape[1:]), latents.device)
         draw_numbers = {"normal": draw_normal, "uniform": draw_uniform}[sampler(self.config).law]
-        numbers = draw_numbers(seed, visits, purpose="timestep").to(latents.device)
+        numbers = on_device(draw_numbers(seed, visits, purpose="timestep"), latents.device)
         sigmas = sample_sigmas(numbers, self.config, tokens=num_tokens(*latents.shape[-2:]))
         return self.at(latents, noise, sigmas, extra_noise=self._extra_noise(latents, visits, seed))
 
@@ -69,7 +69,7 @@ class Objective:
 
         Input perturbation (ip_noise_gamma) regularises training and is left out of it.
         """
-        noise = draw_noise(seed, visits, latents.shape[1:]).to(latents.device)
+        noise = on_device(draw_noise(seed, visits, latents.shape[1:]), latents.device)
         sigmas = torch.tensor(timesteps, dtype=torch.float32, device=latents.device) / NUM_TIMESTEPS
         return self.at(latents, noise, sigmas)
 
@@ -105,4 +105,4 @@ class Objective:
         if self.config.ip_noise_gamma_random_strength:
             strength = draw_uniform(seed, visits, purpose="ip_noise_strength")
             further = further * rearrange(strength, "b -> b 1 1 1")
-        return further.to(latents.device)
+        return on_device(further, latents.device)

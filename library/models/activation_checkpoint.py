@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Result = TypeVar("Result")
 
 # A conditioning vector is not worth a copy over the bus; a stream of 512 tokens is.
 _OFFLOAD_BYTES = 1 << 20
+_FEW_ROWS = 64  # a batch of conditioning vectors, against thousands of tokens
+# Products: where the two factors are among the arguments, and which axis of the second one the output gets.
+_FACTORS = {
+    "aten.mm.default": (0, 1, 1),
+    "aten.addmm.default": (1, 2, 1),
+    "aten._scaled_mm.default": (0, 1, 1),
+    "aten._int_mm.default": (0, 1, 1),
+    "polyrank.joined.default": (0, 1, 0),
+}
 _IN_FLIGHT = 2  # tensors whose copy may be under way in each direction: a double block has two large inputs
 
 
@@ -31,11 +41,13 @@ class Recomputation:
     """The choice for one transformer.
 
     `blocks` is how many blocks recompute, counted in forward order, None for all and for the embedders as
-    well. With `inputs` the inputs of those blocks are kept in main memory until the backward pass.
+    well. With `inputs` the inputs of those blocks are kept in main memory until the backward pass. `cheap_only`:
+    compiled blocks keep what `is_dear` names.
     """
 
     blocks: int | None = None
     inputs: SavedOnHost | None = None
+    cheap_only: bool = False
 
     def covers(self, index: int | None) -> bool:
         """Whether block `index` (over double, then single blocks) recomputes; None is an embedder."""
@@ -43,10 +55,49 @@ class Recomputation:
 
     def run(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call `function` so that its activations are recomputed in the backward pass."""
-        where: AbstractContextManager[object] = nullcontext() if self.inputs is None else self.inputs.hooks()
-        with where:
+        with self._where():
             result: Result = checkpoint(function, *arguments, use_reentrant=False)
         return result
+
+    def run_compiled(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Call `function`, compiled from `recompute_cheap`, which sees to the recomputation itself."""
+        with self._where():
+            return function(*arguments)
+
+    def _where(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.inputs is None else self.inputs.hooks()
+
+
+def recompute_cheap(block: nn.Module, *arguments: object) -> Any:
+    """Call `block` so that its activations are recomputed in the backward pass, but for what `is_dear` names.
+
+    To be compiled: uncompiled, operators that work in place forbid it.
+    """
+    return checkpoint(
+        block, *arguments, use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, _policy),
+    )  # fmt: skip
+
+
+def _policy(_context: object, operator: Any, *arguments: Any, **_options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_dear(operator, arguments) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_dear(operator: Any, arguments: Sequence[Any]) -> bool:
+    """Whether an operator's output is small for what it costs: attention, and products that narrow or are short.
+
+    Of FLUX's Linear layers these are the ones behind attention and MLP, half of all arithmetic, and those of
+    the conditioning vector, which read many weights for one row.
+    """
+    name = str(operator)
+    if "scaled_dot_product" in name:
+        return True
+    place = _FACTORS.get(name)
+    if place is None:
+        return False
+    rows, inner = arguments[place[0]].shape
+    outer = arguments[place[1]].shape[place[2]]
+    return bool(outer <= inner or rows <= _FEW_ROWS)
 
 
 class SavedOnHost:

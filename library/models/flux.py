@@ -8,13 +8,14 @@ Embed, double blocks, single blocks, last layer, as Black Forest Labs published 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.models.activation_checkpoint import Recomputation, SavedOnHost
 from library.models.block_swap import BlockSwap, SwapPlan
+from library.models.compilation import CompiledBlocks
 from library.models.layers import (
     EMBEDDING_WIDTH,
     DoubleStreamBlock,
@@ -25,8 +26,6 @@ from library.models.layers import (
 )
 from library.models.params import FluxParams
 from library.models.rope import rotations
-
-Result = TypeVar("Result")
 
 
 class Flux(nn.Module):
@@ -40,6 +39,7 @@ class Flux(nn.Module):
         self.params = params
         self.recomputation: Recomputation | None = None
         self.swap: BlockSwap | None = None
+        self.compiled: CompiledBlocks | None = None
         hidden, heads, mlp = params.hidden_size, params.num_heads, params.mlp_hidden
         self.img_in = nn.Linear(params.in_channels, hidden)
         self.time_in = MLPEmbedder(EMBEDDING_WIDTH, hidden)
@@ -55,14 +55,15 @@ class Flux(nn.Module):
         self.final_layer = LastLayer(hidden, params.out_channels)
 
     def enable_gradient_checkpointing(
-        self, *, blocks: int | None = None, offload_inputs: bool = False
+        self, *, blocks: int | None = None, offload_inputs: bool = False, cheap_only: bool = False
     ) -> None:
         """Recompute activations of the first `blocks` blocks (all if None) in the backward pass.
 
         Takes effect in train mode while gradients are recorded. `offload_inputs` keeps the blocks' inputs
-        in host memory meanwhile.
+        in host memory meanwhile; with `cheap_only` compiled blocks keep what is small and dear.
         """
-        self.recomputation = Recomputation(blocks, SavedOnHost() if offload_inputs else None)
+        inputs = SavedOnHost() if offload_inputs else None
+        self.recomputation = Recomputation(blocks, inputs, cheap_only)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation again."""
@@ -84,6 +85,15 @@ class Flux(nn.Module):
         if self.swap is not None:
             self.swap.restore()
         self.swap = None
+
+    def enable_compilation(self, *, backend: str = "inductor", shapes: int = 1) -> CompiledBlocks:
+        """Compile the blocks when they are first run in train mode, for `shapes` sizes of token streams.
+
+        Call it when the model is final: adapters applied, weights where they belong.
+        """
+        blocks = (*self.double_blocks, *self.single_blocks)
+        self.compiled = CompiledBlocks(blocks, backend=backend, shapes=shapes)
+        return self.compiled
 
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the token streams: autocast's if it is on, else that of the embedding weights."""
@@ -128,10 +138,17 @@ class Flux(nn.Module):
         image, text = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))
         rotation = rotations(torch.cat((txt_ids, img_ids), dim=1), self.params.axes_dim, self.params.theta)
         mask = None if txt_attention_mask is None else _key_mask(txt_attention_mask, img.shape[1])
+        if self.compiled is not None:
+            image, text = self._alike(image), self._alike(text)
+            self.compiled.streams(*rotation, axis=2)
         for index, block in enumerate(self.double_blocks):
+            if self.compiled is not None:
+                self.compiled.streams(image, text, axis=1)
             image, text = self._run(index, block, image, text, vec, rotation, mask)
         stream = torch.cat((text, image), dim=1)
         for index, block in enumerate(self.single_blocks, start=len(self.double_blocks)):
+            if self.compiled is not None:
+                self.compiled.streams(stream, axis=1)
             stream = self._run(index, block, stream, vec, rotation, mask)
         out: Tensor = self.final_layer(stream[:, txt.shape[1] :], vec)
         return out
@@ -151,11 +168,28 @@ class Flux(nn.Module):
         recomputation = self._recomputation(None)
         return embedder(x) if recomputation is None else recomputation.run(embedder, x)
 
-    def _run(self, index: int, block: Callable[..., Result], *arguments: object) -> Result:
+    def _alike(self, stream: Tensor) -> Tensor:
+        """The first block's input like every other block's, which depends on something trained.
+
+        Else the first block would be compiled for itself.
+        """
+        if self.training and torch.is_grad_enabled() and not stream.requires_grad:
+            stream.requires_grad_(True)
+        return stream
+
+    def _run(self, index: int, block: nn.Module, *arguments: object) -> Any:
+        """Run block `index` as the options say: compiled, recomputed, with weights that travel."""
         recomputation = self._recomputation(index)
+        call: Callable[..., Any] = block
+        within = False  # whether the compiled block sees to its recomputation itself
+        if self.compiled is not None:
+            within = recomputation is not None and recomputation.cheap_only and self.compiled.active(block)
+            call = self.compiled.call(block, recomputes=within)
         if self.swap is not None:
-            block = self.swap.with_weights(index, block, saves=recomputation is None)
-        return block(*arguments) if recomputation is None else recomputation.run(block, *arguments)
+            call = self.swap.with_weights(index, call, saves=recomputation is None or within)
+        if recomputation is None:
+            return call(*arguments)
+        return recomputation.run_compiled(call, *arguments) if within else recomputation.run(call, *arguments)
 
     def _recomputation(self, index: int | None) -> Recomputation | None:
         """How block `index`, None for an embedder, is recomputed in the backward pass; None if it is not."""

@@ -65,7 +65,7 @@ class Placement:
         return self.dtype or (_DEFAULT_WIDE if stored in _EIGHT_BITS else stored)
 
 
-def load_flux(
+def load_flux(  # noqa: PLR0913 (each is an option of the trainer)
     path: Path,
     *,
     device: torch.device | str = "cpu",
@@ -73,13 +73,15 @@ def load_flux(
     weight_dtype: torch.dtype | None = None,
     mmap: bool = True,
     blocks_to_swap: int = 0,
+    finish: Callable[[nn.Linear], None] | None = None,
     option: str = "pretrained_model_name_or_path",
 ) -> Flux:
     """The transformer at `path`: a BFL or diffusers file, shards of either, a ComfyUI checkpoint, a
     diffusers folder.
 
     See `Placement` for the arguments; `option` is the name that errors mention. Blocks that
-    `Flux.enable_block_swap(blocks_to_swap)` will let travel stay in main memory.
+    `Flux.enable_block_swap(blocks_to_swap)` will let travel stay in main memory. `finish` may store the
+    weight of a block's Linear in another way, one layer at a time, while it is on `device`.
 
     Raises:
         CheckpointError: another kind of file, or tensors missing, unknown or of a wrong shape.
@@ -92,7 +94,7 @@ def load_flux(
     placement = Placement(
         torch.device(device), dtype, weight_dtype, mmap, waits=lambda name: plan.covers(name, params.depth)
     )
-    return _fill(model, part, placement)
+    return _fill(model, part, placement, finish)
 
 
 def load_autoencoder(
@@ -143,7 +145,9 @@ def load_t5(
     return _fill(model, part, Placement(torch.device(device), dtype, weight_dtype, mmap))
 
 
-def _fill(model: Model, part: Part, placement: Placement) -> Model:
+def _fill(
+    model: Model, part: Part, placement: Placement, finish: Callable[[nn.Linear], None] | None = None
+) -> Model:
     """Put every tensor of `part` into `model`, which has none yet."""
     recipes = part.recipes()
     parameters = dict(model.named_parameters())
@@ -160,8 +164,14 @@ def _fill(model: Model, part: Part, placement: Placement) -> Model:
                 )
             # Cast where that is fast; only then is it put away.
             tensor = precision.cast(tensor, placement.dtype_of(name, tensor.dtype))
+            if finish is not None and precision.is_block_weight(name):
+                layer = model.get_submodule(name.rpartition(".")[0])
+                assert isinstance(layer, nn.Linear), "is_block_weight names Linear layers"
+                layer.weight = nn.Parameter(tensor, requires_grad=False)
+                finish(layer)
+                tensor = layer.weight.detach()
             _assign(model, name, tensor.to(placement.device_of(name)))
-    if any(parameter.dtype == precision.STORAGE for parameter in model.parameters()):
+    if finish is None and any(parameter.dtype == precision.STORAGE for parameter in model.parameters()):
         precision.store_blocks_in_fp8(model)
     return model.requires_grad_(False).eval()
 

@@ -129,6 +129,15 @@ class BuiltOptimizer:
         if self.is_schedule_free:
             cast("Callable[[], None]", getattr(self.optimizer, mode))()
 
+    @property
+    def can_leave_out(self) -> bool:
+        """Whether a number on the device can keep a step from being made: torch's fused optimizers."""
+        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+
+    def leave_out(self, flag: Tensor) -> None:
+        """Make the next steps only if `flag` [], float32 on the parameters' device, is 0 by then."""
+        self.optimizer.found_inf = flag  # type: ignore[attr-defined]
+
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of each group by its name; for Adafactor's relative steps the one last used, 0
         before.
@@ -156,8 +165,12 @@ class BuiltOptimizer:
         return float(rate(group, started))
 
 
-def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOptimizer:
+def build(
+    config: OptimizerConfig, groups: Sequence[ParameterGroup], *, may_fuse: bool = True
+) -> BuiltOptimizer:
     """The optimizer that the options name, over `groups`.
+
+    With `may_fuse` AdamW steps in one kernel on NVIDIA GPUs unless its arguments say otherwise.
 
     Raises `ConfigError` for unknown names and arguments and `EnvironmentUnsupported` for a missing package.
     """
@@ -171,8 +184,9 @@ def build(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> BuiltOpt
     if recipe.adapts_rate:
         notices += _check_adaptive(recipe, [cast(float, entry["lr"]) for entry in entries])
     optimizer = _construct(
-        kind, entries, None if relative else config.learning_rate, {**recipe.fixed, **arguments}
-    )
+        kind, entries, None if relative else config.learning_rate,
+        {**recipe.fixed, **(_fused(recipe, arguments, groups) if may_fuse else {}), **arguments},
+    )  # fmt: skip
     switches = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
     is_schedule_free = switches and recipe.name.lower().endswith("schedulefree")
     built = BuiltOptimizer(
@@ -234,6 +248,16 @@ def _choose(config: OptimizerConfig) -> tuple[Recipe, tuple[str, ...]]:
             "any other class can be given as module.Class)"
         )
     return Recipe("torch.optim", in_torch[name.lower()]), ()
+
+
+def _fused(
+    recipe: Recipe, arguments: Mapping[str, object], groups: Sequence[ParameterGroup]
+) -> dict[str, object]:
+    """What makes AdamW one kernel, if it can be: the same sums in another order of kernels."""
+    chosen = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group.params)
+    plain = (recipe.module, recipe.name) == ("torch.optim", "AdamW")
+    return {"fused": True} if plain and on_gpu and not chosen else {}
 
 
 def _settle_adafactor(

@@ -15,7 +15,8 @@ def fp8_stays_fp8(evidence: Evidence) -> None:
     part, context = evidence.files.parts["flux"], evidence.context
     stored = [part.info(name) for name in part.tensors]
     eight = sum(info.dtype.startswith("F8_") for info in stored)
-    if not eight or context.config.memory.fp8_base:
+    memory = context.config.memory
+    if not eight or memory.fp8_base or memory.base_compute != "bf16":
         return
     precision = context.config.training.mixed_precision
     width = 4 if precision == "no" else 2

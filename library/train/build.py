@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from library import randomness
-from library.adapters.flux import FluxAdapter, FluxTrainModule, ForwardSettings
+from library.adapters.flux import TEXT_LENGTHS, FluxAdapter, FluxTrainModule, ForwardSettings
 from library.config.prompts import SamplePrompt, load_prompts
 from library.config.sections.memory import MemoryConfig
 from library.config.train_config import TrainConfig
@@ -27,6 +27,7 @@ from library.train.checkpoint import SavedRun
 from library.train.loading import ModelLoader
 from library.train.prepare import Data, trains_text
 from library.train.resume import Resumable
+from library.train.speed import Speed
 from library.train.state import TrainState
 from networks import plugins
 from networks.interface import NetworkHandle, create, merge_base_weights
@@ -100,6 +101,8 @@ def build_trained(job: Job) -> Trained:
     # Initial weights come from torch's global generator: the same on every rank, whatever ran before.
     torch.manual_seed(randomness.integer(job.state.seed, "network initialisation"))
     merge_base_weights(config.network, text_encoders=encoders, transformer=transformer)
+    speed = Speed(config, job.backend.world.device)
+    speed.before_network(transformer)
     network = create(config.network, text_encoders=encoders, transformer=transformer)
     network.prepare(config.flat())
     network.apply()
@@ -112,7 +115,8 @@ def build_trained(job: Job) -> Trained:
         unet_lr=config.optimizer.unet_lr,
         text_encoder_lr=config.optimizer.text_encoder_lr,
     )
-    optimizer = factory.build(config.optimizer, groups)
+    # DeepSpeed takes the optimizer apart, and puts its states where it likes.
+    optimizer = factory.build(config.optimizer, groups, may_fuse=not config.distributed.uses_deepspeed)
     schedule = schedules.build(
         config.schedule,
         optimizer,
@@ -135,8 +139,9 @@ def build_trained(job: Job) -> Trained:
         ),
     )
     root.train()
-    if config.memory.torch_compile:
-        compile_blocks(transformer, config.memory.dynamo_backend)
+    speed.after_network(
+        transformer, steps=job.data.plan.total_steps - job.state.step, shapes=_token_shapes(job)
+    )
     return Trained(root=root, network=network, optimizer=optimizer, schedule=schedule)
 
 
@@ -150,6 +155,7 @@ def build_adapter(job: Job, trained: Trained) -> FluxAdapter:
         tokenizers=job.loader.tokenizers if live else None,
         encode_images=None if cached else image_encoder(job.loader.autoencoder(), device),
         seed=job.state.seed,
+        drop_padding=job.config.model.apply_t5_attn_mask,
     )
 
 
@@ -163,10 +169,11 @@ def live_text_encoders(
     return clip_l, t5
 
 
-def compile_blocks(transformer: Flux, backend: str) -> None:
-    """Compile each block on its own: blocks of a class share one compilation, and buckets stay dynamic outside."""
-    for block in (*transformer.double_blocks, *transformer.single_blocks):
-        block.compile(backend=backend)
+def _token_shapes(job: Job) -> int:
+    """How many sizes of token streams a run sees: its buckets, and lengths of text where padding is left out."""
+    buckets = {placement.bucket for placement in job.data.training.placements}
+    lengths = -(-job.loader.t5_length // TEXT_LENGTHS) if job.config.model.apply_t5_attn_mask else 1
+    return len(buckets) * lengths
 
 
 def _place(network: NetworkHandle, config: TrainConfig, device: torch.device) -> None:
@@ -192,7 +199,9 @@ def _save_memory(
         )  # fmt: skip
     if not memory.gradient_checkpointing:
         return
-    transformer.enable_gradient_checkpointing(offload_inputs=memory.cpu_offload_checkpointing)
+    transformer.enable_gradient_checkpointing(
+        offload_inputs=memory.cpu_offload_checkpointing, cheap_only=memory.recompute == "cheap"
+    )
     network.enable_gradient_checkpointing()
     encoders: Sequence[ClipL | T5Encoder | None] = (clip_l, t5)
     for encoder in encoders:

@@ -22,6 +22,7 @@ from library.models.params import ClipParams, T5Params
 from library.models.text_encoders import ClipL, T5Encoder
 from library.models.tokenizers import T5_LENGTH, FluxTokenizers
 from library.train.prepare import ModelFiles
+from library.train.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,19 @@ class ModelLoader:
         )
 
     def transformer(self, device: torch.device) -> Flux:
-        """The transformer on `device`, its blocks' weights in float8 with fp8_base, some in main memory."""
+        """The transformer on `device`, its blocks' weights in 8 bits with fp8_base or base_compute, some in
+        main memory.
+
+        Files of base_weights are merged into weights without scales: then base_compute comes later.
+        """
+        speed = Speed(self.config, device)
+        early = speed.scaled is not None and not self.config.network.base_weights
+        narrow = self.config.memory.fp8_base and not early
         return load_flux(
             self.files.transformer, device=device, dtype=self.dtype, mmap=self._mmap,
-            weight_dtype=torch.float8_e4m3fn if self.config.memory.fp8_base else None,
+            weight_dtype=torch.float8_e4m3fn if narrow else None,
             blocks_to_swap=self.config.memory.blocks_to_swap or 0,
+            finish=speed.scale if early else None,
         )  # fmt: skip
 
     def autoencoder_identity(self) -> str:

@@ -46,6 +46,11 @@ class MetricsListener:
         self._report_validation(state)
         return state
 
+    def wants_weights(self, step: int) -> bool:
+        """At every step if the network has something to say of its weights."""
+        del step
+        return bool(self._norms())
+
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         scalars = {
             "loss/current": report.loss,

@@ -46,10 +46,14 @@ class PreviewListener:
             self._draw_all(state, epoch=None)
         return state
 
+    def wants_weights(self, step: int) -> bool:
+        """Where it draws."""
+        every = self._config.sample_every_n_steps
+        return bool(every and not self._config.sample_every_n_epochs and step % every == 0)
+
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         del report
-        every = self._config.sample_every_n_steps
-        if every and not self._config.sample_every_n_epochs and state.step % every == 0:
+        if self.wants_weights(state.step):
             self._draw_all(state, epoch=None)
         return state
 

@@ -48,6 +48,11 @@ class ProgressListener:
             self._bar.start()
         return state
 
+    def wants_weights(self, step: int) -> bool:
+        """Never: it shows numbers."""
+        del step
+        return False
+
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         self._recent.append((report.seconds, report.samples))
         if self._bar is not None:

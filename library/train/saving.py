@@ -146,6 +146,10 @@ class SavingListener:
     def on_start(self, state: TrainState) -> TrainState:
         return state
 
+    def wants_weights(self, step: int) -> bool:
+        """Where it saves."""
+        return step_save(self._config, step=step) is not None
+
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         del report
         point = step_save(self._config, step=state.step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -24,6 +24,7 @@ from library.flow.objective import Objective
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.train.preservation import preserve_output
+from library.train.reading import Reading
 from library.train.state import TrainState
 from networks.interface import NetworkHandle, NormReport
 
@@ -42,7 +43,12 @@ class StepReport:
 
 
 class Listener(Protocol):
-    """Something that happens beside training: logging, validation, previews, saving."""
+    """Something that happens beside training: logging, validation, previews, saving.
+
+    One that has a method `wants_weights(step)` is asked which steps it must be told of before the next one
+    begins, because it reads or changes what is trained; one that has none is told at once of every step. The
+    answer is the same on every rank that has the listener, and at the end of an epoch all are told at once.
+    """
 
     def on_start(self, state: TrainState) -> TrainState: ...
 
@@ -63,6 +69,17 @@ class Limits:
     scale_weight_norms: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that the device has been given, and whose numbers nobody has read."""
+
+    begun: float
+    reading: Reading  # loss, samples, wish to stop, gradient norm
+    rates: Mapping[str, float]
+    skipped: bool
+    max_norm: NormReport | None
+
+
 @dataclass(slots=True, kw_only=True)
 class Trainer:
     """Runs optimizer steps from the state's step to the last one."""
@@ -79,22 +96,58 @@ class Trainer:
     listeners: Sequence[Listener]
     state: TrainState
     should_stop: Callable[[], bool]  # whether this process was asked to stop
+    _settled: float = field(default=0.0, init=False)  # when the last report was read
+    _diverged: Tensor | None = field(default=None, init=False)  # [], 1 once a step was not finite
 
     def run(self, batches: Iterator[Batch]) -> bool:
         """Train to the last step. False when a signal ended it early; the caller then saves the state."""
         self._tell(lambda listener, state: listener.on_start(state))
         self.network.on_epoch_start()
-        while self.state.step < self.limits.total_steps:
-            report, stop = self.optimizer_step(batches)
+        for report in self.steps(batches):
             self._after_step(report)
-            if stop and self.state.step < self.limits.total_steps:
-                return False
+        if self.state.step < self.limits.total_steps:
+            return False
         self._tell(lambda listener, state: listener.on_end(state))
         return True
 
+    def steps(self, batches: Iterator[Batch]) -> Iterator[StepReport]:
+        """The reports of all steps up to the last one, or to the first after a rank was asked to stop.
+
+        Where nothing needs the numbers of a step at once, the next step is given to the device before they
+        are read: the device is never idle. Then weights may be one step ahead of the report.
+        """
+        flying: _Launched | None = None
+        stop = False
+        while not stop and self.state.step + (flying is not None) < self.limits.total_steps:
+            launched = self.launch(batches)
+            if flying is not None:
+                report, stop = self.settle(flying)
+                yield report
+            flying = launched
+            if not self.runs_ahead or self._weights_wanted(self.state.step + 1):
+                report, stops = self.settle(flying)
+                flying, stop = None, stop or stops
+                yield report
+        if flying is not None:
+            yield self.settle(flying)[0]
+
     def optimizer_step(self, batches: Iterator[Batch]) -> tuple[StepReport, bool]:
-        """Micro-steps, clip, update. Returns the report and whether any rank was asked to stop."""
-        start = time.perf_counter()
+        """One step and its report at once, and whether any rank was asked to stop."""
+        return self.settle(self.launch(batches))
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step can be given to the device whole: nothing on the host depends on its numbers.
+
+        An optimizer that cannot be told by the device to leave out a step has to wait for the loss, and so do
+        fp16's loss scaling, ZeRO, schedules that follow the loss, and scale_weight_norms.
+        """
+        device_decides = self.optimizer.can_leave_out and self.backend.stepper.leaves_to_device
+        return device_decides and not (self.schedule.needs_loss or self.limits.scale_weight_norms)
+
+    def launch(self, batches: Iterator[Batch]) -> _Launched:
+        """Give one step to the device: micro-steps, clip, update."""
+        begun = time.perf_counter()
         total = torch.zeros(3, device=self.backend.world.device)  # loss, samples, wish to stop
         for micro_step in range(self.limits.micro_steps):
             batch = next(batches)
@@ -106,17 +159,36 @@ class Trainer:
             self.optimizer.optimizer, self.parameters, self.limits.max_grad_norm
         )
         self.network.on_gradients()
-        loss, samples, stop = self.backend.sum(total).tolist()  # the step's one wait for the device
-        self._check_finite(loss, float(grad_norm))
+        norm = torch.as_tensor(grad_norm, dtype=total.dtype, device=total.device).detach().reshape(1)
+        numbers = torch.cat((self.backend.sum(total), norm))
+        reading = Reading(numbers)
+        loss: float | None = None
+        if self.runs_ahead:
+            # After a step that is not finite no other is made either: its report ends the run.
+            bad = 1 - torch.isfinite(numbers).all().float()
+            self._diverged = bad if self._diverged is None else torch.maximum(self._diverged, bad)
+            self.optimizer.leave_out(self._diverged)
+        else:
+            loss, _, _, length = reading.wait()  # the step's one wait for the device
+            self._check_finite(loss, length)
         adapted = {f"d*lr/{name}": rate for name, rate in self.optimizer.adapted_rates().items()}
         rates = {**self.optimizer.learning_rates(), **adapted}
         stepped = self.backend.stepper.step(self.optimizer.optimizer)
         if stepped:
             self.schedule.step(loss)
         max_norm = self._limit_norms()
+        return _Launched(begun, reading, rates, skipped=not stepped, max_norm=max_norm)
+
+    def settle(self, launched: _Launched) -> tuple[StepReport, bool]:
+        """Read a launched step's numbers: its report, and whether any rank was asked to stop."""
+        loss, samples, stop, norm = launched.reading.wait()
+        self._check_finite(loss, norm)
         self.state = self.state.after_step(loss=loss, samples=int(samples))
-        seconds = time.perf_counter() - start
-        report = StepReport(loss, float(grad_norm), rates, int(samples), seconds, not stepped, max_norm)
+        now = time.perf_counter()
+        seconds, self._settled = now - max(launched.begun, self._settled), now
+        report = StepReport(
+            loss, norm, launched.rates, int(samples), seconds, launched.skipped, launched.max_norm
+        )
         return report, stop > 0
 
     def micro_step(self, batch: Batch) -> Tensor:
@@ -152,6 +224,13 @@ class Trainer:
             return None
         with self.backend.whole(self.network.module, changing=True):
             return self.network.apply_max_norm(most)
+
+    def _weights_wanted(self, step: int) -> bool:
+        """Whether anything must happen between optimizer step `step` and the next one."""
+        if step % self.state.steps_per_epoch == 0 or step == self.limits.total_steps:
+            return True
+        asked = (getattr(listener, "wants_weights", None) for listener in self.listeners)
+        return any(ask is None or ask(step) for ask in asked)
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:
         # Under fp16 a gradient may overflow: the stepper then skips the update and lowers its scale.

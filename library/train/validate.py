@@ -84,9 +84,13 @@ class ValidationListener:
     def on_start(self, state: TrainState) -> TrainState:
         return state if state.validation_losses else self._validate(state)
 
+    def wants_weights(self, step: int) -> bool:
+        """Where it validates."""
+        return bool(self._every_steps and step % self._every_steps == 0)
+
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         del report
-        return self._validate(state) if self._every_steps and state.step % self._every_steps == 0 else state
+        return self._validate(state) if self.wants_weights(state.step) else state
 
     def on_epoch(self, state: TrainState, epoch: int) -> TrainState:
         due = epoch % self._every_epochs == 0 and state.validation_losses[-1][0] != state.step

@@ -271,7 +271,8 @@ def test_refused_options_say_what_to_do(words, message):
 def test_options_without_effect_are_grouped_by_reason_and_never_stop_the_run(write):
     text = "xformers = true\nmem_eff_attn = true\nsdpa = true\nhighvram = true\n"
     assert load(write(text + "max_token_length = 75\nv2 = false\n")).notices == (
-        "No effect: xformers, mem_eff_attn (attention is always torch's scaled_dot_product_attention)",
+        "No effect: xformers, mem_eff_attn (`attention` chooses the kernel, "
+        "by itself the fastest one that is right on the GPU at hand)",
         "No effect: highvram (it is never emptied between batches)",
     )
 
@@ -357,5 +358,5 @@ def test_resolved_table_has_every_option_and_hides_secrets(write):
     )  # fmt: skip
     assert table["wandb_api_key"].value == "***"
     assert table["xformers"].state == "none"
-    assert table["xformers"].effect.startswith("none: attention is always")
+    assert table["xformers"].effect.startswith("none: `attention` chooses")
     assert table["max_train_epochs"].value == "-"

@@ -77,6 +77,11 @@ def test_a_complete_config_has_nothing_to_say():
         ({"full_fp16": "", "mixed_precision": "bf16"}, "needs mixed_precision fp16, not bf16"),
         ({"full_fp16": "", "mixed_precision": "fp16"}, "use AdamW8bit, Adafactor or Lion"),
         ({"fp8_base": ""}, "set mixed_precision to bf16"),
+        ({"base_compute": "fp8"}, "--base_compute 'fp8' (command line) needs mixed_precision bf16 or fp16"),
+        (
+            {"base_compute": "int8", "mixed_precision": "bf16", "network_args": "ggpo_sigma=0.1"},
+            "ggpo_sigma and ggpo_beta cannot be used with",
+        ),
         ({"initial_step": "1600"}, "is not below max_train_steps = 1600"),
         ({"global_batch_size": "8", "gradient_accumulation_steps": "2"}, "which decides the accumulation"),
         ({"network_train_text_encoder_only": ""}, "leave nothing to train"),
@@ -144,6 +149,10 @@ def test_the_allowed_neighbours_of_refused_configs(changes):
         (
             {"huggingface_repo_id": "me/x", "huggingface_token": "hf_x"},
             "the environment variable HF_TOKEN cannot",
+        ),
+        (
+            {"recompute": "cheap", "compile_blocks": "on"},
+            "no effect: it needs gradient_checkpointing and compile",
         ),
         ({"clip_skip": "2"}, "No effect: clip_skip"),
     ],

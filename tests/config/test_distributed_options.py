@@ -129,6 +129,8 @@ BROKEN = (
     ("--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01"),
     ("--full_bf16", "--mixed_precision", "bf16"),
     ("--fp8_base", "--mixed_precision", "bf16"),
+    ("--base_compute", "fp8", "--mixed_precision", "bf16"),
+    ("--join_adapter", "on"),
     ("--torch_compile",),
     ("--blocks_to_swap", "8"),
     ("--offload_param_device", "cpu"),

@@ -230,6 +230,12 @@ def test_help_answers_at_once():
             "sample_prompts": "w --w 64 --h 64",
         },
         {"torch_compile": True, "dynamo_backend": "aot_eager", "gradient_checkpointing": True},
+        {
+            "mixed_precision": "bf16", "base_compute": "fp8", "join_adapter": "on", "apply_t5_attn_mask": True,
+            "optimizer_args": ["fused=True"], "gradient_accumulation_steps": 2, "sample_at_first": True,
+            "sample_prompts": "w --w 64 --h 64", "validation_split": 0.2,
+        },
+        {"mixed_precision": "bf16", "base_compute": "int8", "blocks_to_swap": 1, "join_adapter": "on"},
         {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=4"]},
         {"optimizer_type": "AdamWScheduleFree", "sample_at_first": True, "sample_prompts": "w --w 64 --h 64"},
         {"optimizer_type": "Prodigy", "learning_rate": 1.0, "gradient_accumulation_steps": 3},

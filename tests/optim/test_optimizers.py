@@ -234,3 +234,37 @@ def test_a_check_before_building_says_how_words_are_read_and_refuses_wrong_ones(
     assert "the comma at the end is ignored" in comma
     with pytest.raises(ConfigError, match="has no argument weight"):
         check(OptimizerConfig(optimizer_args=("weight=0.1",)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "may_fuse", "fused"),
+    [
+        ((), True, True),
+        (("weight_decay=0.1",), True, True),
+        (("foreach=True",), True, False),
+        ((), False, False),
+    ],
+)
+def test_adamw_is_one_kernel_on_a_gpu_unless_told_otherwise(monkeypatch, arguments, may_fuse, fused):
+    class OnGpu(torch.nn.Parameter):
+        is_cuda = True
+
+    groups = [Group("unet", (OnGpu(torch.zeros(2)),), 1e-3)]
+    config = OptimizerConfig(optimizer_type="AdamW", optimizer_args=arguments, learning_rate=1e-3)
+    built = build(config, groups, may_fuse=may_fuse)
+    assert bool(built.optimizer.defaults["fused"]) is fused
+    assert built.can_leave_out is fused
+    assert "fused" not in built.description
+
+
+def test_a_flag_on_the_device_keeps_a_step_from_being_made():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    config = OptimizerConfig(optimizer_type="AdamW", optimizer_args=("fused=True",), learning_rate=0.1)
+    built = build(config, [Group("unet", (parameter,), 0.1)])
+    for flag, moves in ((1.0, False), (0.0, True)):
+        before = parameter.detach().clone()
+        parameter.grad = torch.full_like(parameter, float("nan") if flag else 1.0)
+        built.leave_out(torch.tensor(flag))
+        built.optimizer.step()
+        assert bool((parameter != before).all()) is moves
+        assert torch.isfinite(parameter).all()

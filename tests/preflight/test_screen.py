@@ -41,7 +41,7 @@ def test_options_keep_their_values_whole_at_any_width(config: Path, width: int):
     assert str(config.parent / LONG) in line
     assert any("c.toml:" in line for line in lines)
     assert any("the rate runs by cosine over the whole run" in line for line in lines)
-    assert any("none: attention is always" in line for line in lines)
+    assert any("none: `attention` chooses" in line for line in lines)
 
 
 def test_sources_are_short():

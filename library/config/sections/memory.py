@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from library.config.options import Limit, no_effect, option
 
-ALWAYS_SDPA = "attention is always torch's scaled_dot_product_attention"
+ALWAYS_SDPA = "`attention` chooses the kernel, by itself the fastest one that is right on the GPU at hand"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,9 +14,28 @@ class MemoryConfig:
     """Memory and speed."""
 
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    recompute: str = option(
+        "all",
+        "what gradient_checkpointing recomputes; cheap keeps attention and narrow products where blocks are compiled",
+        choices=("all", "cheap"),
+        ours=True,
+    )
     fp8_base: bool = option(False, "store frozen weights as float8 and compute in the training precision")
     fp8_base_unet: bool = option(False, "the same for the transformer only; implies fp8_base")
-    torch_compile: bool = option(False, "compile the transformer")
+    base_compute: str = option(
+        "bf16",
+        "how frozen weights of the blocks are multiplied: bf16 means the training precision, fp8 and int8 take "
+        "8 bits with scales, auto fp8 where the GPU has it, else int8",
+        choices=("bf16", "fp8", "int8", "auto"),
+        ours=True,
+    )
+    torch_compile: bool = option(False, "compile the transformer; the same as compile_blocks on")
+    compile_blocks: str = option(
+        "off",
+        "compile the blocks of the transformer; auto does where it pays",
+        choices=("off", "on", "auto"),
+        ours=True,
+    )
     dynamo_backend: str = option(
         "inductor",
         "backend of torch_compile; given alone it turns that on",
@@ -44,6 +63,18 @@ class MemoryConfig:
         False,
         "keep the GPU's cache between batches",
         effect=no_effect("it is never emptied between batches"),
+    )
+    attention: str = option(
+        "auto",
+        "kernel of the attention; auto tries them on the GPU once and takes the fastest that is right",
+        choices=("auto", "cudnn", "flash", "efficient", "math"),
+        ours=True,
+    )
+    join_adapter: str = option(
+        "auto",
+        "add a LoRA's product within the product of its layer; auto does on NVIDIA GPUs",
+        choices=("off", "on", "auto"),
+        ours=True,
     )
     sdpa: bool = option(False, "use torch's attention", effect=no_effect(ALWAYS_SDPA, quiet=True))
     xformers: bool = option(False, "use xformers' attention", effect=no_effect(ALWAYS_SDPA))

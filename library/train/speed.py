@@ -1,0 +1,85 @@
+"""The options for speed, put in effect: how frozen weights are multiplied, which attention, what is compiled.
+
+Each can be switched alone, and each has a value that means "as plain torch does". What each does and how it
+is measured: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from library.config.train_config import TrainConfig
+from library.distributed.precision import DTYPES
+from library.errors import EnvironmentUnsupported
+from library.models import attention, compilation, frozen
+from library.models.flux import Flux
+from library.models.precision import block_linears
+
+logger = logging.getLogger(__name__)
+
+_KINDS: tuple[frozen.Scaled, ...] = ("fp8", "int8")  # what auto prefers, best first
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the options ask for on one device."""
+
+    config: TrainConfig
+    device: torch.device
+
+    @cached_property
+    def scaled(self) -> frozen.Scaled | None:
+        """The 8 bits that base_compute asks for and this device has; None for the training precision.
+
+        Raises EnvironmentUnsupported when they are asked for by name and the device lacks them.
+        """
+        wanted = self.config.memory.base_compute
+        if wanted == "auto" and self.device.type != "cpu":
+            return next((kind for kind in _KINDS if frozen.refusal(kind, self.device) is None), None)
+        asked = next((kind for kind in _KINDS if kind == wanted), None)
+        refusal = None if asked is None else frozen.refusal(asked, self.device)
+        if refusal is not None:
+            raise EnvironmentUnsupported(
+                f"base_compute = {wanted} {refusal}: use base_compute = auto or bf16"
+            )
+        return asked
+
+    def scale(self, linear: nn.Linear) -> None:
+        """Store one layer's weight as `scaled` says."""
+        assert self.scaled is not None, "only where there is something to do"
+        memory = self.config.memory
+        spare = not (memory.gradient_checkpointing or memory.blocks_to_swap)
+        frozen.store_scaled(linear, self.scaled, keep_transposed=spare, device=self.device)
+
+    def before_network(self, transformer: Flux) -> None:
+        """Settle attention and frozen products: base weights are merged, nothing is on the layers yet."""
+        memory = self.config.memory
+        attention.settle(
+            memory.attention, device=self.device, dtype=DTYPES[self.config.training.mixed_precision],
+            compiled=memory.compile_blocks != "off",
+        )  # fmt: skip
+        linears = block_linears(transformer)
+        if self.scaled is not None:
+            for linear in linears:
+                if not frozen.is_scaled(linear):
+                    self.scale(linear)
+            logger.info("base_compute: the blocks multiply %s", self.scaled)
+        # ZeRO-3 brings weights to the module that is called, and a joined adapter's factors are not.
+        brings = self.config.distributed.uses_deepspeed and self.config.distributed.zero_stage == 3
+        automatic = memory.join_adapter == "auto" and self.device.type == "cuda" and not brings
+        if memory.join_adapter == "on" or automatic:
+            for linear in linears:
+                frozen.install_joining(linear)
+
+    def after_network(self, transformer: Flux, *, steps: int, shapes: int) -> None:
+        """Compile, now that the model is final, if it is asked for or `steps` ahead make it pay."""
+        memory = self.config.memory
+        automatic = memory.compile_blocks == "auto" and compilation.pays(steps=steps, device=self.device)
+        if memory.compile_blocks == "on" or automatic:
+            transformer.enable_compilation(backend=memory.dynamo_backend, shapes=shapes)
+            logger.info("the blocks are compiled in the first steps, which takes up to a minute once")

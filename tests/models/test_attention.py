@@ -1,0 +1,125 @@
+"""The trial of attention kernels: what is right passes, what is wrong, crashes or hangs is refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from library.models import attention
+from library.models.attention import Verdict, check, main, settle, trial, use
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["math", "flash"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_torchs_own_kernels_pass(name, dtype):
+    check(name, CPU, dtype, compiled=False, length=96)
+
+
+@pytest.mark.parametrize("fault", ["output", "gradient"])
+def test_a_wrong_kernel_is_found_out(monkeypatch, fault):
+    real = attention._attend
+
+    def wrong(q, k, v, mask):
+        out = real(q, k, v, mask)
+        return out * 1.1 if fault == "output" else out + (k - k.detach()).transpose(1, 2).flatten(2)
+
+    monkeypatch.setattr(attention, "_attend", wrong)
+    with pytest.raises(RuntimeError, match="output" if fault == "output" else "dk"):
+        check("math", CPU, torch.float32, compiled=False, length=96)
+
+
+def test_a_kernel_that_ignores_the_mask_is_found_out(monkeypatch):
+    real = attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda q, k, v, mask: real(q, k, v, None))
+    with pytest.raises(RuntimeError, match="output is off"):
+        check("math", CPU, torch.float32, compiled=False, length=96)
+
+
+def test_a_crash_a_complaint_and_an_answer(monkeypatch):
+    program = (
+        "import os, sys, time\n"
+        "for name in sys.argv[4:]:\n"
+        "    if name == 'cudnn': os.abort()\n"
+        "    if name == 'flash': sys.exit('dq is off by 0.9 of the largest value')\n"
+        "    if name == 'slow': time.sleep(60)\n"
+        "    print(name, 0.25, flush=True)\n"
+    )
+    monkeypatch.setattr(attention, "TRIAL_SECONDS", 2)
+    found = trial(
+        CPU, torch.float32, compiled=False, kernels=("first", "cudnn", "flash", "second", "slow", "efficient"),
+        command=(sys.executable, "-c", program),
+    )  # fmt: skip
+    assert found.seconds == {
+        "first": 0.25, "cudnn": None, "flash": None, "second": 0.25, "slow": None, "efficient": 0.25
+    }  # fmt: skip
+    assert found.faults["flash"] == "dq is off by 0.9 of the largest value"
+    assert "ended its process" in found.faults["cudnn"]
+    assert "no answer" in found.faults["slow"]
+    assert found.fastest in ("first", "second", "efficient")
+
+
+def test_the_fastest_right_kernel_wins():
+    assert Verdict({"cudnn": 0.1, "flash": 0.2}, {}).fastest == "cudnn"
+    assert Verdict({"cudnn": None, "flash": 0.2}, {"cudnn": "wrong"}).fastest == "flash"
+    assert Verdict({"cudnn": None}, {}).fastest == "math"
+
+
+def test_without_a_gpu_there_is_nothing_to_try():
+    assert settle("auto", device=CPU, dtype=torch.float32, compiled=False) == "math"
+
+
+def test_a_verdict_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("POLYRANK_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    tried = []
+
+    def once(device, dtype, *, compiled):
+        tried.append(dtype)
+        return Verdict({"flash": 0.5, "cudnn": None}, {"cudnn": "wrong"})
+
+    monkeypatch.setattr(attention, "trial", once)
+    first = attention.kept_verdict(CPU, torch.bfloat16, compiled=True)
+    assert attention.kept_verdict(CPU, torch.bfloat16, compiled=True) == first
+    assert tried == [torch.bfloat16]
+    (file,) = (tmp_path / "attention").iterdir()
+    file.write_text("{")  # half a file of an older version
+    attention.kept_verdict(CPU, torch.bfloat16, compiled=True)
+    attention.kept_verdict(CPU, torch.float16, compiled=True)
+    assert len(tried) == 3
+
+
+def test_the_process_of_a_trial_gives_seconds_or_a_reason(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "LENGTH", 96)
+    monkeypatch.setattr(attention, "HEADS", 2)
+    assert main(["cpu", "float32", "eager", "math", "flash", "cudnn", "efficient"]) == 1
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["math", "flash"]
+    assert all(float(line.split()[1]) > 0 for line in said.out.splitlines())
+    assert said.err.strip()
+
+
+def test_what_failed_is_off_and_the_chosen_one_comes_first():
+    flags = torch.backends.cuda
+    before = [
+        flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled(),
+        flags.math_sdp_enabled(),
+    ]  # fmt: skip
+    order = torch._C._get_sdp_priority_order()
+    try:
+        use("efficient", Verdict({"cudnn": None, "flash": 0.2, "efficient": 0.3}, {}))
+        assert not flags.cudnn_sdp_enabled()
+        assert flags.flash_sdp_enabled()
+        first = torch._C._get_sdp_priority_order()
+        assert first[:2] == [int(attention.BACKENDS["efficient"]), int(attention.BACKENDS["flash"])]
+        assert sorted(first) == sorted(order)
+    finally:
+        for switch, state in zip(
+            (flags.enable_cudnn_sdp, flags.enable_flash_sdp, flags.enable_mem_efficient_sdp, flags.enable_math_sdp),
+            before, strict=True,
+        ):  # fmt: skip
+            switch(state)
+        torch._C._set_sdp_priority_order(order)
