@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,8 +131,11 @@ def capture(state: TrainState, parts: Resumable) -> SavedRun:
     )
 
 
-def restore(saved: SavedRun, parts: Resumable) -> None:
-    """Put a saved run's numbers in place. CheckpointError when it belongs to another network or optimizer."""
+def restore(saved: SavedRun, parts: Resumable, *, step: int) -> None:
+    """Put a saved run's numbers in place, to go on at `step`.
+
+    Raises CheckpointError when it belongs to another network or optimizer.
+    """
     with parts.backend.whole(parts.network, changing=True):
         tensors = parts.tensors()
         different = sorted(tensors.keys() ^ saved.network.keys())
@@ -143,8 +147,25 @@ def restore(saved: SavedRun, parts: Resumable) -> None:
             )
         for name, tensor in tensors.items():
             tensor.data.copy_(saved.network[name])
+    given = _initial_rates(parts.optimizer)
     exported = ExportedState(dict(saved.optimizer_tensors), dict(saved.optimizer_values))
     parts.backend.import_optimizer(parts.optimizer.optimizer, parts.names(), exported)
     parts.optimizer.train()
-    parts.schedule.load_state_dict(saved.schedule)
+    parts.schedule.load_state_dict(saved.schedule, moved=step - saved.state.step)
     parts.backend.stepper.load_state(dict(saved.state.scaler))
+    kept = _initial_rates(parts.optimizer)
+    if kept != given:
+        logger.warning(
+            "--resume: the learning rates of the saved run go on (%s), not those given now (%s); other rates need a "
+            "run of their own, with network_weights", _listed(kept), _listed(given),
+        )  # fmt: skip
+
+
+def _initial_rates(optimizer: BuiltOptimizer) -> dict[str, float]:
+    """The rates that schedules multiply, by parameter group."""
+    groups = optimizer.optimizer.param_groups
+    return {group["name"]: float(group["initial_lr"]) for group in groups if "initial_lr" in group}
+
+
+def _listed(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items())

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from rich.console import Console
 from torch import nn
@@ -187,7 +188,8 @@ def train(job: Job) -> Trained:
     module = backend.wrap(trained.root, trained.optimizer.optimizer)
     parts = trained.resumable(backend)
     if job.saved is not None:
-        restore(job.saved, parts)
+        restore(job.saved, parts, step=job.state.step)
+        job = replace(job, saved=None)  # its numbers are in place: main memory need not hold them twice
     folder = hub_folder(config.saving) if backend.world.is_main else None
     saver = Saver(
         config=config.saving,
