@@ -28,6 +28,12 @@ SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
 }  # fmt: skip
 
 
+def model_path(config: SavingConfig, stem: str) -> Path:
+    """Where the network file of that stem goes."""
+    assert config.output_dir is not None, "checked by the config rules"
+    return config.output_dir / f"{stem}.{config.save_model_as or 'safetensors'}"
+
+
 class Saver:
     """Writes model files and state folders. Every rank calls it and gives what it holds; rank 0 writes."""
 
@@ -52,7 +58,7 @@ class Saver:
 
     def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
         """Write the network as `<stem>.<save_model_as>`; `epoch` is what ss_epoch says."""
-        path = self._folder / f"{stem}.{self._config.save_model_as or 'safetensors'}"
+        path = model_path(self._config, stem)
         with self._optimizer.evaluating(), self._backend.whole(self._network.module):
             start = time.perf_counter()
             if self._world.is_main:
@@ -81,10 +87,9 @@ class Saver:
             self._checked = True
 
     def state(self, stem: str, state: TrainState) -> Path:
-        """Write the state folder `<stem>-state`."""
+        """Write the state folder `<stem>-state`, with the weights that steps are taken from."""
         folder = self._folder / f"{stem}{STATE_SUFFIX}"
-        with self._optimizer.evaluating():
-            run = self._capture(state)
+        run = self._capture(state)
         if self._world.is_main:
             save_run(folder, run)
             logger.info("saved the state in %s", folder)
@@ -107,9 +112,10 @@ class Saver:
 
     def final(self, state: TrainState, *, epoch: int) -> Path:
         """Write the finished network, and the last state if asked."""
+        path = self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
         if self._config.save_state or self._config.save_state_on_train_end:
             self.state(last_stem(self._config.output_name), state)
-        return self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
+        return path
 
     def finish(self) -> None:
         """Wait, not for ever, until everything is uploaded."""
@@ -118,7 +124,7 @@ class Saver:
 
     def _retire(self, point: SavePoint) -> None:
         if point.retires_model:
-            old = self._folder / f"{point.retires_model}.{self._config.save_model_as or 'safetensors'}"
+            old = model_path(self._config, point.retires_model)
             if old.exists():
                 self._release(old)
                 old.unlink()
