@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.config.sections.saving import SavingConfig
 
@@ -33,6 +34,12 @@ def step_stem(output_name: str | None, step: int) -> str:
 def last_stem(output_name: str | None) -> str:
     """Stem of what is written at the end of the run."""
     return output_name or "last"
+
+
+def model_path(config: SavingConfig, stem: str) -> Path:
+    """Where the network file of that stem goes."""
+    assert config.output_dir is not None, "checked by the config rules"
+    return config.output_dir / f"{stem}.{config.save_model_as or 'safetensors'}"
 
 
 def is_stem(stem: str, output_name: str | None) -> bool:

@@ -20,6 +20,7 @@ from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.optim.state import ExportedState
 from library.train.checkpoint import SavedRun, load_run, newest_run
+from library.train.naming import last_stem, model_path
 from library.train.prepare import start_step
 from library.train.state import TrainState
 
@@ -73,11 +74,11 @@ def first_state(
             session_id=int(backend.agree(random.randint(0, 2**32))),
             started_at=float(backend.agree(time.time())),
         )
-    return continued_state(plan, saved, seed=seed)
+    return continued_state(config, plan, saved, seed=seed)
 
 
-def continued_state(plan: Plan, saved: SavedRun, *, seed: int) -> TrainState:
-    """The state in which `saved` goes on with `plan`. Raises NothingToDo if it is complete."""
+def continued_state(config: TrainConfig, plan: Plan, saved: SavedRun, *, seed: int) -> TrainState:
+    """The state in which `saved` goes on with `plan`. Raises NothingToDo if it is complete and its file written."""
     state = replace(saved.state, seed=seed)
     if state.plan_fingerprint != plan.fingerprint():
         # Another dataset or batch: the epochs done stay done, the rest of the one in hand is planned anew.
@@ -91,7 +92,10 @@ def continued_state(plan: Plan, saved: SavedRun, *, seed: int) -> TrainState:
         state = replace(
             state, step=step, steps_per_epoch=plan.steps_per_epoch, plan_fingerprint=plan.fingerprint()
         )
-    if state.step >= plan.total_steps:
+    final = model_path(config.saving, last_stem(config.saving.output_name))
+    if state.step == plan.total_steps and not final.exists():
+        logger.info("the saved run has done all %d steps, but %s is missing and is written now", state.step, final)
+    elif state.step >= plan.total_steps:
         raise NothingToDo(
             f"the saved run has done {state.step} steps of {plan.total_steps}, so nothing is left to do; "
             "raise max_train_steps or max_train_epochs to train on"

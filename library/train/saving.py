@@ -14,7 +14,7 @@ from library.config.sections.saving import SavingConfig
 from library.distributed.base import Backend
 from library.optim.factory import BuiltOptimizer
 from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
-from library.train.naming import SavePoint, epoch_save, last_stem, step_save, step_stem
+from library.train.naming import SavePoint, epoch_save, last_stem, model_path, step_save, step_stem
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 from library.train.upload import Uploader
@@ -26,12 +26,6 @@ logger = logging.getLogger(__name__)
 SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
     None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
 }  # fmt: skip
-
-
-def model_path(config: SavingConfig, stem: str) -> Path:
-    """Where the network file of that stem goes."""
-    assert config.output_dir is not None, "checked by the config rules"
-    return config.output_dir / f"{stem}.{config.save_model_as or 'safetensors'}"
 
 
 class Saver:

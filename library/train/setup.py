@@ -108,7 +108,7 @@ def _dry_run(loaded: LoadedConfig) -> None:
     given, world_size = config.training.seed, launched_world_size()
     seed = given if given is not None else saved.state.seed if saved else 0
     data = read_data(config, seed=seed, world_size=world_size)
-    start = continued_state(data.plan, saved, seed=seed).step if saved else start_step(config, data.plan)
+    start = continued_state(config, data.plan, saved, seed=seed).step if saved else start_step(config, data.plan)
     prompts, doubtful = with_trigger(prompts, data, loader.local_tokenizers)
     found = caches(config, loader, data)
     with quiet(logging.INFO):
