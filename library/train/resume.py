@@ -94,7 +94,9 @@ def continued_state(config: TrainConfig, plan: Plan, saved: SavedRun, *, seed: i
         )
     final = model_path(config.saving, last_stem(config.saving.output_name))
     if state.step == plan.total_steps and not final.exists():
-        logger.info("the saved run has done all %d steps, but %s is missing and is written now", state.step, final)
+        logger.info(
+            "the saved run has done all %d steps, but %s is missing and is written now", state.step, final
+        )
     elif state.step >= plan.total_steps:
         raise NothingToDo(
             f"the saved run has done {state.step} steps of {plan.total_steps}, so nothing is left to do; "
