@@ -29,12 +29,18 @@ logger = logging.getLogger(__name__)
 AUTO = Path("auto")
 
 
-def resumed_run(config: TrainConfig) -> SavedRun | None:
-    """The state that --resume names, read whole; None for a run that starts afresh."""
+def resumed_run(config: TrainConfig, backend: Backend | None = None) -> SavedRun | None:
+    """The state that --resume names, read whole; None for a run that starts afresh.
+
+    With `backend` all ranks read the one that rank 0 found, or none: one that lacks it says so.
+    """
     folder = config.saving.resume
     if folder == AUTO:
         assert config.saving.output_dir is not None, "checked by the config rules"
-        folder = newest_run(config.saving.output_dir, config.saving.output_name)
+        looks = backend is None or backend.world.is_main
+        folder = newest_run(config.saving.output_dir, config.saving.output_name) if looks else None
+        if backend is not None:
+            folder = backend.agree(folder)
         if folder is None:
             logger.info("--resume auto: %s has no state yet, starting afresh", config.saving.output_dir)
     elif folder is not None and config.saving.resume_from_huggingface:

@@ -140,7 +140,7 @@ def debug_dataset(config: TrainConfig) -> None:
 def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
     """Check everything, find where the run begins, say what it will do, cache what is to be cached."""
     config = loaded.config
-    saved = resumed_run(config)
+    saved = resumed_run(config, backend)
     seed = choose_seed(config, saved, backend)
     files = locate_models(config.model)
     check_swap(config.memory, files)
