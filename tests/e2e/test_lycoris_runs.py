@@ -35,10 +35,15 @@ def lycoris(folder: Path, pictures: Path, arguments: str, **changes: object) -> 
     ],
 )
 def test_an_algorithm_that_reads_base_weights_trains(
-    tmp_path: Path, pictures: Path, arguments: str, changes: dict[str, object]
-):
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], arguments: str,
+    changes: dict[str, object],
+):  # fmt: skip
     config = lycoris(tmp_path, pictures, arguments, **changes)
     assert main(["--config_file", str(config)]) == 0
+    in_vain = "scale_weight_norms: lycoris.kohya has no norms to limit" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert in_vain == (arguments == "algo=full")
     report = read_back(tmp_path / "out" / "out.safetensors")
     assert report.num_layers == 32
     assert not report.problems
