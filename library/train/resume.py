@@ -157,7 +157,9 @@ def restore(saved: SavedRun, parts: Resumable, *, step: int) -> None:
                 f"--resume: the saved network differs in {len(different)} tensors, such as {different[0]}; "
                 "resume with the same network_module, network_dim and network_args"
             )
-        if {tensor.dtype for tensor in tensors.values()} != {tensor.dtype for tensor in saved.network.values()}:
+        if {tensor.dtype for tensor in tensors.values()} != {
+            tensor.dtype for tensor in saved.network.values()
+        }:
             raise CheckpointError(
                 "--resume: the saved run trains its weights in another precision; resume with the full_bf16 or "
                 "full_fp16 that it had"
