@@ -96,8 +96,7 @@ class Flux(nn.Module):
 
         Call it when the model is final: adapters applied, weights where they belong.
         """
-        blocks = (*self.double_blocks, *self.single_blocks)
-        self.compiled = CompiledBlocks(blocks, backend=backend, shapes=shapes)
+        self.compiled = CompiledBlocks(self.blocks, backend=backend, shapes=shapes)
         return self.compiled
 
     def compute_dtype(self) -> torch.dtype:
