@@ -55,3 +55,15 @@ class Interrupted(TrainerError):
     """A signal asked the run to stop; its state was written first."""
 
     exit_code = 4
+
+
+class WriteFailed(TrainerError):
+    """A file could not be written, as on a full disk; what was there before is as it was."""
+
+    exit_code = 5
+
+
+class OutOfMemory(TrainerError):
+    """The memory of the GPU or of the machine ran out; says what takes less."""
+
+    exit_code = 6

@@ -275,6 +275,12 @@ class NetworkHandle:
                 report[tag] = float(norms.mean())
         return report
 
+    @property
+    def limits_norms(self) -> bool:
+        """Whether scale_weight_norms has an effect on it."""
+        has = "apply_max_norm_regularization" in self._methods
+        return has and (not self._plugin.is_lycoris or lycoris_fit.limits_norms(self.module))
+
     def apply_max_norm(self, maximum: float) -> NormReport | None:
         """scale_weight_norms: shrink layers whose norm is above `maximum`; None if the network cannot."""
         method = self._methods.get("apply_max_norm_regularization")

@@ -213,6 +213,13 @@ def settle(network: Any, *, asked_bypass: bool) -> None:
             )
 
 
+def limits_norms(network: Any) -> bool:
+    """Whether any layer does something for scale_weight_norms: most algorithms pass over it without a word."""
+    base: Any = importlib.import_module("lycoris.modules.base").LycorisBaseModule
+    modules = (*network.text_encoder_loras, *network.unet_loras)
+    return any(type(module).apply_max_norm is not base.apply_max_norm for module in modules)
+
+
 def _interpolate(module: Any) -> None:
     """Let the strength of a DoRA layer run from the base (0) to what was trained (1), as ComfyUI applies it.
 

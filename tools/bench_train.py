@@ -175,7 +175,7 @@ def saving(job: Job, trained: Trained, state: TrainState) -> dict[str, float]:
     path = saver.state("bench", state)
     job.backend.wait("state written")
     times.append(time.perf_counter())
-    restore(load_run(path), parts)
+    restore(load_run(path), parts, step=state.step)
     times.append(time.perf_counter())
     job.backend.wait("state read")
     if job.backend.world.is_main:

@@ -8,6 +8,7 @@ the caller, who builds it anew.
 from __future__ import annotations
 
 import json
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,9 @@ from library.files import atomic
 
 Array = NDArray[Any]
 UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+# numpy reads headers with ast.literal_eval, which fails now and then in threads that do so at once (Python 3.11:
+# "AST constructor recursion depth mismatch").
+_PARSING = threading.Lock()
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -33,7 +37,9 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         for name in archive.namelist():
             with archive.open(name) as member:
                 version = np.lib.format.read_magic(member)
-                shapes[name.removesuffix(".npy")] = _READ_HEADER[version](member)[0]
+                with _PARSING:
+                    header = _READ_HEADER[version](member)
+                shapes[name.removesuffix(".npy")] = header[0]
     return shapes
 
 
@@ -45,8 +51,8 @@ def opened(path: Path) -> Iterator[NpzFile]:
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, Array]:
-    """The named arrays. Raises one of UNREADABLE, also for a damaged array."""
-    with np.load(path, allow_pickle=False) as archive:
+    """The named arrays, small ones. Raises one of UNREADABLE, also for a damaged array."""
+    with np.load(path, allow_pickle=False) as archive, _PARSING:
         return {name: archive[name] for name in names}
 
 

@@ -72,7 +72,10 @@ class DdpBackend:
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         assert self._module is not None, "wrap() comes first"
-        return nullcontext() if last else self._module.no_sync()
+        # A static graph fails if its first backward pass does not average. To average in every one is as right: what
+        # was averaged before is the same on all ranks.
+        averages = last or self._settings.static_graph
+        return nullcontext() if averages else self._module.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.backward(loss * self.world.size)

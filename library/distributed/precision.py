@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 DTYPES: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# A scaled gradient that overflows below this scale overflows by itself: lowering the scale further mends nothing.
+SMALLEST_SCALE = 2.0**-10
+
+
+def is_lost(loss: float, grad_norm: float, scaler: Mapping[str, float]) -> bool:
+    """Whether numbers are not finite for good; `scaler` is a `Stepper.state`.
+
+    Under fp16 a gradient may overflow: the stepper skips that update and halves its scale, which usually mends it.
+    """
+    if not math.isfinite(loss):
+        return True
+    return not math.isfinite(grad_norm) and scaler.get("scale", 0.0) < SMALLEST_SCALE
 
 
 class _AnyGradScaler(torch.amp.GradScaler):

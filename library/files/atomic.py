@@ -11,7 +11,12 @@ from pathlib import Path
 
 def fsync(path: Path) -> None:
     """Make what was written to a file, or the renames inside a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt":  # syncs only what is open for writing, and no folders
+        if path.is_dir():
+            return
+        descriptor = os.open(path, os.O_RDWR)
+    else:
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

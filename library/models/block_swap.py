@@ -90,10 +90,22 @@ def _spread(away: int, depth: int) -> tuple[int, ...]:
     return tuple((2 * i + 1) * depth // (2 * number) for i in range(number))
 
 
+def check_travellers(blocks: Iterable[nn.Module]) -> None:
+    """ConfigError when a network trains the blocks' own weights, as LyCORIS's algo=full does: those must stay."""
+    linears = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    trained = sum("weight" not in layer._parameters or layer.weight.requires_grad for layer in linears)
+    if trained:
+        raise ConfigError(
+            f"blocks_to_swap: the network trains the weights of {trained} layers themselves (algo=full), so they "
+            "cannot wait in main memory; leave blocks_to_swap out, or use another algo"
+        )
+
+
 class BlockSwap:
     """The travelling blocks of one transformer."""
 
     def __init__(self, blocks: Sequence[nn.Module], plan: SwapPlan, device: torch.device) -> None:
+        check_travellers(blocks)
         self.plan = plan
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -276,7 +288,6 @@ class _TravellingBlock:
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:
         self._weights = [layer.weight for layer in block.modules() if isinstance(layer, nn.Linear)]
-        assert not any(weight.requires_grad for weight in self._weights), "only frozen weights can travel"
         sizes = [-(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT for weight in self._weights]
         *self._starts, total = accumulate(sizes, initial=0)
         self.host = torch.empty(total, dtype=torch.uint8)

@@ -54,6 +54,11 @@ class Flux(nn.Module):
         )
         self.final_layer = LastLayer(hidden, params.out_channels)
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks in forward order: double, then single ones."""
+        return (*self.double_blocks, *self.single_blocks)
+
     def enable_gradient_checkpointing(
         self, *, blocks: int | None = None, offload_inputs: bool = False, cheap_only: bool = False
     ) -> None:
@@ -73,11 +78,11 @@ class Flux(nn.Module):
         """Let Linear weights of blocks wait in main memory until their turn.
 
         Call it when the base weights are final (merged, in 8 bits) and before the model is compiled or
-        wrapped. Weights may lie on either side already. Raises ConfigError for too many blocks.
+        wrapped. Weights may lie on either side already. Raises ConfigError for too many blocks, or a network
+        that trains their weights.
         """
         plan = SwapPlan.of(self.params, blocks_to_swap)
-        blocks = (*self.double_blocks, *self.single_blocks)
-        self.swap = BlockSwap(blocks, plan, self.img_in.weight.device)
+        self.swap = BlockSwap(self.blocks, plan, self.img_in.weight.device)
         return self.swap
 
     def disable_block_swap(self) -> None:
@@ -91,8 +96,7 @@ class Flux(nn.Module):
 
         Call it when the model is final: adapters applied, weights where they belong.
         """
-        blocks = (*self.double_blocks, *self.single_blocks)
-        self.compiled = CompiledBlocks(blocks, backend=backend, shapes=shapes)
+        self.compiled = CompiledBlocks(self.blocks, backend=backend, shapes=shapes)
         return self.compiled
 
     def compute_dtype(self) -> torch.dtype:

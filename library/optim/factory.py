@@ -118,12 +118,22 @@ class BuiltOptimizer:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Have the weights that are to be used in place for a while, then those to train on."""
+        """Have the weights that are to be used in place for a while, then those to train on, to the bit.
+
+        Switching there and back rounds; what one rank alone does in between must not part it from the others.
+        """
+        if not self.is_schedule_free:
+            yield
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kept = [parameter.detach().clone() for parameter in parameters]
         self.eval()
         try:
             yield
         finally:
             self.train()
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.data.copy_(value)
 
     def _switch(self, mode: str) -> None:
         if self.is_schedule_free:

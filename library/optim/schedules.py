@@ -148,11 +148,18 @@ class Schedule:
         assert not tensors, "learning rates are plain numbers here"
         return plain
 
-    def load_state_dict(self, state: object) -> None:
-        """Continue from `state`, the learning rates of the optimizer's groups included."""
+    def load_state_dict(self, state: object, *, moved: int = 0) -> None:
+        """Continue from `state`, the learning rates of the optimizer's groups included.
+
+        `moved`: by how many steps the run's position changed since, where its steps were counted anew.
+        """
         if self.scheduler is None:
             return
         self.scheduler.load_state_dict(cast(Values, from_plain(state, {})))
+        if moved and isinstance(self.scheduler, LambdaLR):
+            step = self.scheduler.last_epoch = self.scheduler.last_epoch + moved
+            factors = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+            self.scheduler._last_lr = [rate * factor(step) for rate, factor in factors]
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 

@@ -9,11 +9,14 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.config.train_config import TrainConfig
 from library.errors import UserError
+from library.models.block_swap import check_travellers
 from library.models.flux import Flux
 from library.models.params import ClipParams, FluxParams, T5Params
+from library.models.precision import store_blocks_in_fp8
 from library.models.text_encoders import ClipL, T5Encoder
 from library.optim import factory
 from library.preflight.facts import GroupFacts, TrainedFacts
@@ -27,17 +30,25 @@ _USUAL_STATE = 8  # bytes a parameter: two float32 moments
 
 
 def measure(config: TrainConfig, files: ModelFiles) -> TrainedFacts:
-    """Build the network over models without memory and count. No model file is read beyond its header."""
-    with torch.device("meta"):
-        transformer = Flux(cast(FluxParams, files.parts["flux"].params()))
+    """Build the network over models without memory and count. No model file is read beyond its header.
+
+    Fake tensors rather than the meta device: LyCORIS copies base weights while it makes DoRA and algo=full.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        transformer = Flux(cast(FluxParams, files.parts["flux"].params())).requires_grad_(False)
         encoders: list[nn.Module] = []
         if trains_text(config):
             encoders.append(ClipL(cast(ClipParams, files.parts["clip_l"].params())))
             if not config.caching.cache_text_encoder_outputs:
                 encoders.append(T5Encoder(cast(T5Params, files.parts["t5xxl"].params())))
+    if config.memory.fp8_base:
+        store_blocks_in_fp8(transformer)  # some networks refuse 8 bits: now, not when all is loaded
     with torch.random.fork_rng(devices=()):  # it draws initial weights
         network = create(config.network, text_encoders=encoders, transformer=transformer)
+    base_parameters = sum(p.numel() for p in transformer.parameters())  # algo=full takes them off
     network.apply()
+    if config.memory.blocks_to_swap:
+        check_travellers(transformer.blocks)
     groups = network.parameter_groups(
         learning_rate=config.optimizer.learning_rate,
         unet_lr=config.optimizer.unet_lr,
@@ -53,7 +64,7 @@ def measure(config: TrainConfig, files: ModelFiles) -> TrainedFacts:
         groups=tuple(
             GroupFacts(group.name, group.lr, sum(p.numel() for p in group.params)) for group in groups
         ),
-        base_parameters=sum(p.numel() for p in transformer.parameters()),
+        base_parameters=base_parameters,
         network_bytes=numbers * saved.itemsize,
         # torch takes a second to make its first optimizer, so only where it matters.
         state_bytes=numbers * kept.itemsize + optimizer_bytes(config, groups, kept) if writes_states else 0,

@@ -100,6 +100,11 @@ def build_trained(job: Job) -> Trained:
     encoders: list[nn.Module] = [e for e in (clip_l, t5) if e is not None] if trains_text(config) else []
     # Initial weights come from torch's global generator: the same on every rank, whatever ran before.
     torch.manual_seed(randomness.integer(job.state.seed, "network initialisation"))
+    if config.network.base_weights and config.memory.fp8_base:
+        logger.warning(
+            "base_weights with fp8_base: the weights are in 8 bits already, so most of what a file adds is rounded "
+            "away; merge it into the model file first, or leave fp8_base out"
+        )
     merge_base_weights(config.network, text_encoders=encoders, transformer=transformer)
     speed = Speed(config, job.backend.world.device)
     speed.before_network(transformer)
@@ -108,6 +113,10 @@ def build_trained(job: Job) -> Trained:
     network.apply()
     if job.data.training.preserves:
         network.set_multiplier(1.0)  # a network that cannot is refused here, not in the first step
+    if config.network.scale_weight_norms and not network.limits_norms:
+        logger.warning(
+            "scale_weight_norms: %s has no norms to limit, so it has no effect", config.network.network_module
+        )
     _place(network, config, device)
     _save_memory(config.memory, transformer, clip_l, t5, network)
     groups = network.parameter_groups(

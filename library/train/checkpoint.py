@@ -12,6 +12,7 @@ It is made under a temporary name, synced, and renamed. A folder whose manifest 
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import shutil
@@ -28,11 +29,13 @@ from torch import Tensor
 from library.errors import CheckpointError
 from library.files.atomic import current_umask, fsync
 from library.files.hashes import file_sha256
-from library.train.state import TrainState
+from library.train.naming import is_stem
+from library.train.state import STATE_VERSION, TrainState
 
 logger = logging.getLogger(__name__)
 
 STATE_SUFFIX = "-state"
+OLD_SUFFIX = ".old"  # of a state that a new one of its name replaces at this moment
 MANIFEST = "manifest.json"
 # Files of an accelerate state, as sd-scripts writes it; the last is a folder, under DeepSpeed.
 FOREIGN_STATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model")
@@ -53,6 +56,10 @@ class SavedRun:
 def save_run(folder: Path, run: SavedRun) -> None:
     """Write `run` as the state folder `folder`, replacing an older one of that name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(
+        f".{glob.escape(folder.name)}.*"
+    ):  # by a run that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         temporary.chmod(0o777 & ~current_umask())
@@ -77,6 +84,11 @@ def load_run(folder: Path) -> SavedRun:
     if problem:
         raise CheckpointError(f"--resume {folder}: {problem}")
     values = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
+    if values["version"] != STATE_VERSION:
+        raise CheckpointError(
+            f"--resume {folder}: it is a state of version {values['version']}, this program reads {STATE_VERSION}; "
+            "go on with the program that wrote it"
+        )
     return SavedRun(
         state=TrainState.from_json(values),
         network=_load(folder / MODEL),
@@ -94,7 +106,10 @@ def what_is_wrong(folder: Path) -> str | None:
         if any((folder / name).exists() for name in FOREIGN_STATE):
             return _how_to_go_on_from_kohya(folder)
         return f"it has no {MANIFEST}, so it is not a whole state"
-    manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        return f"its {MANIFEST} is damaged; take an older state"
     for name, expected in manifest.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != expected:
             return f"its file {name} is damaged; take an older state"
@@ -118,14 +133,21 @@ def _how_to_go_on_from_kohya(folder: Path) -> str:
 
 def newest_run(output_dir: Path, output_name: str | None) -> Path | None:
     """The whole state of this output with the most steps done; None if there is none. Damaged ones are named."""
-    names = output_name or ("epoch", "at", "last")
-    folders = [folder for folder in output_dir.glob(f"*{STATE_SUFFIX}*") if folder.name.startswith(names)]
+    folders = [
+        folder for folder in output_dir.glob(f"*{STATE_SUFFIX}*") if _is_state_of(folder.name, output_name)
+    ]
     for folder in sorted(folders, key=_steps_done, reverse=True):
         problem = what_is_wrong(folder)
         if problem is None:
             return folder
         logger.warning("not resuming from %s: %s", folder, problem)
     return None
+
+
+def _is_state_of(name: str, output_name: str | None) -> bool:
+    """Whether a folder called `name` is a state of this output, or one moved aside, and not of another's."""
+    stem = name.removesuffix(OLD_SUFFIX)
+    return stem.endswith(STATE_SUFFIX) and is_stem(stem.removesuffix(STATE_SUFFIX), output_name)
 
 
 def _steps_done(folder: Path) -> tuple[int, str]:
@@ -143,7 +165,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _swap(new: Path, target: Path) -> None:
     """Rename `new` onto `target`; an old target is moved aside first, under a name that resume still finds."""
-    aside = target.with_name(f"{target.name}.old")
+    aside = target.with_name(f"{target.name}{OLD_SUFFIX}")
     if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)

@@ -5,7 +5,9 @@ Source: spec of sd-scripts, "Saving, state, resume".
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.config.sections.saving import SavingConfig
 
@@ -32,6 +34,20 @@ def step_stem(output_name: str | None, step: int) -> str:
 def last_stem(output_name: str | None) -> str:
     """Stem of what is written at the end of the run."""
     return output_name or "last"
+
+
+def model_path(config: SavingConfig, stem: str) -> Path:
+    """Where the network file of that stem goes."""
+    assert config.output_dir is not None, "checked by the config rules"
+    return config.output_dir / f"{stem}.{config.save_model_as or 'safetensors'}"
+
+
+def is_stem(stem: str, output_name: str | None) -> bool:
+    """Whether a run of this output_name writes under that stem: "lora-v2" is none of "lora"."""
+    pattern = r"epoch-\d{6,}|at-step\d{8,}|last"
+    if output_name:
+        pattern = re.escape(output_name) + r"(-\d{6,}|-step\d{8,})?"
+    return re.fullmatch(pattern, stem) is not None
 
 
 def save_every_n_epochs(config: SavingConfig, num_epochs: int) -> int | None:

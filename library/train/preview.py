@@ -15,7 +15,9 @@ from PIL.Image import Image
 from library.adapters.sampling import sample_file_name
 from library.config.prompts import SamplePrompt
 from library.config.sections.sampling import SamplingConfig
+from library.errors import WriteFailed
 from library.files.atomic import replacing
+from library.files.refusals import refusals_named
 from library.optim.factory import BuiltOptimizer
 from library.train.state import TrainState
 from library.train.trainer import StepReport
@@ -75,8 +77,11 @@ class PreviewListener:
             name = sample_file_name(
                 prompt, output_name=self._output_name, epoch=epoch, step=state.step, when=datetime.now()
             )
-            with replacing(self._folder / name) as temporary:
-                image.save(temporary)
-            logger.info("sample %s: %s", self._folder / name, prompt.prompt)
+            try:
+                with refusals_named(self._folder / name), replacing(self._folder / name) as temporary:
+                    image.save(temporary)
+                logger.info("sample %s: %s", self._folder / name, prompt.prompt)
+            except WriteFailed as error:
+                logger.warning("%s Training goes on", error)
             if self._on_image is not None:
                 self._on_image(prompt.index, image, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.optim.state import ExportedState
 from library.train.checkpoint import SavedRun, load_run, newest_run
+from library.train.naming import last_stem, model_path
 from library.train.prepare import start_step
 from library.train.state import TrainState
 
@@ -27,12 +29,18 @@ logger = logging.getLogger(__name__)
 AUTO = Path("auto")
 
 
-def resumed_run(config: TrainConfig) -> SavedRun | None:
-    """The state that --resume names, read whole; None for a run that starts afresh."""
+def resumed_run(config: TrainConfig, backend: Backend | None = None) -> SavedRun | None:
+    """The state that --resume names, read whole; None for a run that starts afresh.
+
+    With `backend` all ranks read the one that rank 0 found, or none: one that lacks it says so.
+    """
     folder = config.saving.resume
     if folder == AUTO:
         assert config.saving.output_dir is not None, "checked by the config rules"
-        folder = newest_run(config.saving.output_dir, config.saving.output_name)
+        looks = backend is None or backend.world.is_main
+        folder = newest_run(config.saving.output_dir, config.saving.output_name) if looks else None
+        if backend is not None:
+            folder = backend.agree(folder)
         if folder is None:
             logger.info("--resume auto: %s has no state yet, starting afresh", config.saving.output_dir)
     elif folder is not None and config.saving.resume_from_huggingface:
@@ -72,11 +80,11 @@ def first_state(
             session_id=int(backend.agree(random.randint(0, 2**32))),
             started_at=float(backend.agree(time.time())),
         )
-    return continued_state(plan, saved, seed=seed)
+    return continued_state(config, plan, saved, seed=seed)
 
 
-def continued_state(plan: Plan, saved: SavedRun, *, seed: int) -> TrainState:
-    """The state in which `saved` goes on with `plan`. Raises NothingToDo if it is complete."""
+def continued_state(config: TrainConfig, plan: Plan, saved: SavedRun, *, seed: int) -> TrainState:
+    """The state in which `saved` goes on with `plan`. Raises NothingToDo if it is complete and its file written."""
     state = replace(saved.state, seed=seed)
     if state.plan_fingerprint != plan.fingerprint():
         # Another dataset or batch: the epochs done stay done, the rest of the one in hand is planned anew.
@@ -90,7 +98,12 @@ def continued_state(plan: Plan, saved: SavedRun, *, seed: int) -> TrainState:
         state = replace(
             state, step=step, steps_per_epoch=plan.steps_per_epoch, plan_fingerprint=plan.fingerprint()
         )
-    if state.step >= plan.total_steps:
+    final = model_path(config.saving, last_stem(config.saving.output_name))
+    if state.step == plan.total_steps and not final.exists():
+        logger.info(
+            "the saved run has done all %d steps, but %s is missing and is written now", state.step, final
+        )
+    elif state.step >= plan.total_steps:
         raise NothingToDo(
             f"the saved run has done {state.step} steps of {plan.total_steps}, so nothing is left to do; "
             "raise max_train_steps or max_train_epochs to train on"
@@ -130,8 +143,11 @@ def capture(state: TrainState, parts: Resumable) -> SavedRun:
     )
 
 
-def restore(saved: SavedRun, parts: Resumable) -> None:
-    """Put a saved run's numbers in place. CheckpointError when it belongs to another network or optimizer."""
+def restore(saved: SavedRun, parts: Resumable, *, step: int) -> None:
+    """Put a saved run's numbers in place, to go on at `step`.
+
+    Raises CheckpointError when it belongs to another network or optimizer.
+    """
     with parts.backend.whole(parts.network, changing=True):
         tensors = parts.tensors()
         different = sorted(tensors.keys() ^ saved.network.keys())
@@ -141,10 +157,34 @@ def restore(saved: SavedRun, parts: Resumable) -> None:
                 f"--resume: the saved network differs in {len(different)} tensors, such as {different[0]}; "
                 "resume with the same network_module, network_dim and network_args"
             )
+        if {tensor.dtype for tensor in tensors.values()} != {
+            tensor.dtype for tensor in saved.network.values()
+        }:
+            raise CheckpointError(
+                "--resume: the saved run trains its weights in another precision; resume with the full_bf16 or "
+                "full_fp16 that it had"
+            )
         for name, tensor in tensors.items():
             tensor.data.copy_(saved.network[name])
+    given = _initial_rates(parts.optimizer)
     exported = ExportedState(dict(saved.optimizer_tensors), dict(saved.optimizer_values))
     parts.backend.import_optimizer(parts.optimizer.optimizer, parts.names(), exported)
     parts.optimizer.train()
-    parts.schedule.load_state_dict(saved.schedule)
+    parts.schedule.load_state_dict(saved.schedule, moved=step - saved.state.step)
     parts.backend.stepper.load_state(dict(saved.state.scaler))
+    kept = _initial_rates(parts.optimizer)
+    if kept != given:
+        logger.warning(
+            "--resume: the learning rates of the saved run go on (%s), not those given now (%s); other rates need a "
+            "run of their own, with network_weights", _listed(kept), _listed(given),
+        )  # fmt: skip
+
+
+def _initial_rates(optimizer: BuiltOptimizer) -> dict[str, float]:
+    """The rates that schedules multiply, by parameter group."""
+    groups = optimizer.optimizer.param_groups
+    return {group["name"]: float(group["initial_lr"]) for group in groups if "initial_lr" in group}
+
+
+def _listed(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items())

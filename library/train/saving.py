@@ -12,9 +12,11 @@ import torch
 
 from library.config.sections.saving import SavingConfig
 from library.distributed.base import Backend
+from library.errors import WriteFailed
+from library.files.refusals import refusals_named
 from library.optim.factory import BuiltOptimizer
 from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
-from library.train.naming import SavePoint, epoch_save, last_stem, step_save, step_stem
+from library.train.naming import SavePoint, epoch_save, last_stem, model_path, step_save, step_stem
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 from library.train.upload import Uploader
@@ -52,12 +54,13 @@ class Saver:
 
     def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
         """Write the network as `<stem>.<save_model_as>`; `epoch` is what ss_epoch says."""
-        path = self._folder / f"{stem}.{self._config.save_model_as or 'safetensors'}"
+        path = model_path(self._config, stem)
         with self._optimizer.evaluating(), self._backend.whole(self._network.module):
             start = time.perf_counter()
             if self._world.is_main:
                 dtype = SAVE_DTYPES[self._config.save_precision]
-                self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
+                with refusals_named(path):
+                    self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
         if self._world.is_main:
             seconds = time.perf_counter() - start
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
@@ -81,12 +84,12 @@ class Saver:
             self._checked = True
 
     def state(self, stem: str, state: TrainState) -> Path:
-        """Write the state folder `<stem>-state`."""
+        """Write the state folder `<stem>-state`, with the weights that steps are taken from."""
         folder = self._folder / f"{stem}{STATE_SUFFIX}"
-        with self._optimizer.evaluating():
-            run = self._capture(state)
+        run = self._capture(state)
         if self._world.is_main:
-            save_run(folder, run)
+            with refusals_named(folder):
+                save_run(folder, run)
             logger.info("saved the state in %s", folder)
             self.written.append(folder)
             if self._uploader is not None and self._config.save_state_to_huggingface:
@@ -98,27 +101,48 @@ class Saver:
         return self.state(step_stem(self._config.output_name, state.step), state)
 
     def at(self, point: SavePoint, state: TrainState, *, epoch: int) -> None:
-        """Write what is due at `point`, then remove what it retires."""
-        self.model(point.stem, state, epoch=epoch)
+        """Write what is due at `point`, then remove what it retires.
+
+        A disk that refuses ends no training: the next point tries again, and what is there stays.
+        """
+        written = self._tried(lambda: self.model(point.stem, state, epoch=epoch))
         if self._config.save_state:
-            self.state(point.stem, state)
-        if self._world.is_main:
+            # Tried as well where the first failed: other ranks take part in it.
+            written = self._tried(lambda: self.state(point.stem, state)) and written
+        if self._world.is_main and written:
             self._retire(point)
+
+    def _tried(self, write: Callable[[], Path]) -> bool:
+        try:
+            write()
+        except WriteFailed as error:
+            logger.error("%s Training goes on; nothing older is removed", error)
+            return False
+        return True
 
     def final(self, state: TrainState, *, epoch: int) -> Path:
         """Write the finished network, and the last state if asked."""
+        path = self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
         if self._config.save_state or self._config.save_state_on_train_end:
             self.state(last_stem(self._config.output_name), state)
-        return self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
+        return path
 
     def finish(self) -> None:
         """Wait, not for ever, until everything is uploaded."""
         if self._uploader is not None:
             self._uploader.finish()
 
+    def failed(self) -> None:
+        """An error ends the run: say what is left of it, and upload that."""
+        for what, kept in (("network file", Path.is_file), ("state", Path.is_dir)):
+            paths = [path for path in self.written if kept(path)]
+            if paths:
+                logger.info("the last whole %s is %s", what, paths[-1])
+        self.finish()
+
     def _retire(self, point: SavePoint) -> None:
         if point.retires_model:
-            old = self._folder / f"{point.retires_model}.{self._config.save_model_as or 'safetensors'}"
+            old = model_path(self._config, point.retires_model)
             if old.exists():
                 self._release(old)
                 old.unlink()

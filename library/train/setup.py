@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from rich.console import Console
 from torch import nn
@@ -39,6 +40,7 @@ from library.train.build import Job, Trained, build_adapter, build_trained, chec
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_result
+from library.train.exhausted import explained
 from library.train.facts import MetadataWriter
 from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
@@ -82,7 +84,7 @@ def run(loaded: LoadedConfig) -> None:
     if config.dataset.debug_dataset:
         debug_dataset(config)
         return
-    with connected(config) as backend:
+    with connected(config) as backend, explained(config):
         train(prepare(loaded, backend, console))
 
 
@@ -107,7 +109,9 @@ def _dry_run(loaded: LoadedConfig) -> None:
     given, world_size = config.training.seed, launched_world_size()
     seed = given if given is not None else saved.state.seed if saved else 0
     data = read_data(config, seed=seed, world_size=world_size)
-    start = continued_state(data.plan, saved, seed=seed).step if saved else start_step(config, data.plan)
+    start = (
+        continued_state(config, data.plan, saved, seed=seed).step if saved else start_step(config, data.plan)
+    )
     prompts, doubtful = with_trigger(prompts, data, loader.local_tokenizers)
     found = caches(config, loader, data)
     with quiet(logging.INFO):
@@ -136,7 +140,7 @@ def debug_dataset(config: TrainConfig) -> None:
 def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
     """Check everything, find where the run begins, say what it will do, cache what is to be cached."""
     config = loaded.config
-    saved = resumed_run(config)
+    saved = resumed_run(config, backend)
     seed = choose_seed(config, saved, backend)
     files = locate_models(config.model)
     check_swap(config.memory, files)
@@ -187,7 +191,8 @@ def train(job: Job) -> Trained:
     module = backend.wrap(trained.root, trained.optimizer.optimizer)
     parts = trained.resumable(backend)
     if job.saved is not None:
-        restore(job.saved, parts)
+        restore(job.saved, parts, step=job.state.step)
+        job = replace(job, saved=None)  # its numbers are in place: main memory need not hold them twice
     folder = hub_folder(config.saving) if backend.world.is_main else None
     saver = Saver(
         config=config.saving,
@@ -200,13 +205,17 @@ def train(job: Job) -> Trained:
     )
     stop = StopRequest()
     objective = Objective(config.objective)
-    with build_listeners(job, trained, saver, adapter=adapter, objective=objective) as listeners:
-        trainer = build_trainer(
-            job, trained, module=module, adapter=adapter, listeners=listeners, should_stop=stop
-        )
-        stop.install()
-        began = time.monotonic()
-        finished = trainer.run(batches(job))
+    try:
+        with build_listeners(job, trained, saver, adapter=adapter, objective=objective) as listeners:
+            trainer = build_trainer(
+                job, trained, module=module, adapter=adapter, listeners=listeners, should_stop=stop
+            )
+            stop.install()
+            began = time.monotonic()
+            finished = trainer.run(batches(job))
+    except Exception:
+        saver.failed()
+        raise
     if not finished:
         left = saver.interrupted(trainer.state)
         saver.finish()

@@ -1,21 +1,31 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask a run to stop after the step in hand; a second SIGINT stops it at once."""
+"""SIGTERM, SIGINT and SIGUSR1 ask a run to stop after the step in hand; a second SIGINT stops it at once.
+
+A launcher of several processes passes Ctrl-C on to processes that had it from the terminal already, so a second
+SIGINT counts only when it comes as late as a person's.
+"""
 
 from __future__ import annotations
 
 import logging
 import signal
+import time
 from types import FrameType
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+STOP_SIGNALS = tuple(
+    signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
+SAME_KEYPRESS = 1.0  # seconds within which two SIGINT are one
 
 
 class StopRequest:
     """Remembers whether a stop signal came. Handlers are installed by `install`, never at import."""
 
     def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
+        self._asked = False
+        self._interrupted: float | None = None  # when the first SIGINT came, by the monotonic clock
 
     def install(self) -> None:
         """Take over the stop signals of this process."""
@@ -23,11 +33,15 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
-        return self._signal is not None
+        return self._asked
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._signal is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = signal.Signals(number)
-        logger.warning("%s: finishing this step, then saving the state", self._signal.name)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted >= SAME_KEYPRESS:
+                raise KeyboardInterrupt
+            self._interrupted = self._interrupted or now
+        if not self._asked:
+            logger.warning("%s: finishing this step, then saving the state", signal.Signals(number).name)
+        self._asked = True

@@ -19,6 +19,7 @@ from library import randomness
 from library.adapters.base import ModelAdapter
 from library.data.records import Batch
 from library.distributed.base import Backend
+from library.distributed.precision import is_lost
 from library.errors import TrainingDiverged
 from library.flow.objective import Objective
 from library.optim.factory import BuiltOptimizer
@@ -233,9 +234,7 @@ class Trainer:
         return any(ask is None or ask(step) for ask in asked)
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:
-        # Under fp16 a gradient may overflow: the stepper then skips the update and lowers its scale.
-        scaled = bool(self.backend.stepper.state())
-        if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
+        if is_lost(loss, grad_norm, self.backend.stepper.state()):
             raise TrainingDiverged(
                 f"step {self.state.step + 1}: the loss is {loss} and the gradient norm {grad_norm}, so training "
                 'stopped before this update; lower the learning rate, or use mixed_precision = "bf16" or "no"'

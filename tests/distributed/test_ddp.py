@@ -57,13 +57,13 @@ def test_one_step_of_two_ranks_has_the_gradients_of_one_process(tmp_path: Path, 
     # Plain SGD with rate 1 and no clipping: what a parameter moved by is its gradient.
     options = {
         "optimizer_type": "SGD", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_train_epochs": None,
-        "max_train_steps": 1, "train_data_dir": str(pictures),
+        "max_train_steps": 1, "train_data_dir": str(pictures), "gradient_accumulation_steps": 2,
     }  # fmt: skip
     (one,) = trained_by(tmp_path / "one", pictures, ranks=1, train_batch_size=2, **options)
     # The two also keep blocks and activations in main memory, which must not show.
     first, second = trained_by(
         tmp_path / "two", pictures, ranks=2, train_batch_size=1, blocks_to_swap=1,
-        cpu_offload_checkpointing=True, **options,
+        cpu_offload_checkpointing=True, ddp_static_graph=True, **options,
     )  # fmt: skip
     (start,) = trained_by(
         tmp_path / "start", pictures, ranks=1, train_batch_size=2, **{**options, "learning_rate": 1e-30}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.distributed.precision import LossScaler
+from library.distributed.precision import LossScaler, is_lost
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -28,3 +28,22 @@ def test_gradients_are_unscaled_and_an_overflow_skips_the_update(dtype):
     assert not scaler.step(optimizer)
     assert weight.tolist() == [0.875, 1.75]
     assert scaler.state()["scale"] == scale / 2
+
+
+def test_an_overflow_that_no_scale_mends_ends_the_run():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    scaler = LossScaler(device=torch.device("cpu"), dtype=torch.float16)
+    skipped = 0
+    while not is_lost(1.0, float("inf"), scaler.state()):
+        scaler.backward(weight.sum() * float("inf"))
+        scaler.clip(optimizer, [weight], 1.0)
+        assert not scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        skipped += 1
+        assert skipped < 100
+    assert skipped > 16  # from 65536 down: an overflow now and then is nothing
+    assert weight.tolist() == [1.0, 1.0]
+    assert is_lost(float("nan"), 1.0, scaler.state())
+    assert is_lost(1.0, float("nan"), {})
+    assert not is_lost(1.0, 1.0, {})

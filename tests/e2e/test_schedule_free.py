@@ -44,10 +44,9 @@ def test_saving_sampling_and_validating_leave_no_trace(tmp_path: Path, pictures:
         tmp_path / "busy", pictures, validation_split=0.25, validate_every_n_steps=1, save_every_n_steps=1,
         save_state=True, sample_prompts=str(prompts), sample_every_n_steps=2, sample_at_first=True,
     )  # fmt: skip
-    # Switching there and back rounds, so not to the bit; the step before moved the weights by a thousandfold.
     before = load_file(busy / "out-step00000005.safetensors")
     last = load_file(busy / "out.safetensors")
-    assert furthest(load_file(quiet / "out.safetensors"), last) < 1e-5
+    assert furthest(load_file(quiet / "out.safetensors"), last) == 0
     assert furthest(before, last) > 1e-4
 
 
@@ -61,12 +60,12 @@ def test_what_is_saved_is_the_average_and_what_is_resumed_goes_on_from_the_other
         load_file(state / "optimizer.safetensors"),
     )
     network = load_file(state / "model.safetensors")
-    # z is where steps are taken to; x, the average, is what the file holds.
+    # z is where steps are taken to; x, the average, is what the file holds; y between them is what is trained on.
     names = [key.removesuffix("/z") for key in stored if key.endswith("/z")]
     assert names
-    assert furthest({name: network[name] for name in names}, {name: saved[name] for name in names}) < 1e-8
-    assert (
-        furthest({name: saved[name] for name in names}, {name: stored[f"{name}/z"] for name in names}) > 1e-4
-    )
+    x, y = {name: saved[name] for name in names}, {name: network[name] for name in names}
+    z = {name: stored[f"{name}/z"] for name in names}
+    assert furthest(x, z) > 1e-4
+    assert furthest(y, {name: 0.9 * x[name] + 0.1 * z[name] for name in names}) < 1e-6
     resumed = trained(tmp_path / "resumed", pictures, "--resume", str(state))
-    assert furthest(load_file(whole / "out.safetensors"), load_file(resumed / "out.safetensors")) < 1e-5
+    assert furthest(load_file(whole / "out.safetensors"), load_file(resumed / "out.safetensors")) == 0

@@ -101,6 +101,12 @@ def test_a_finished_run_has_nothing_left_to_do(
     assert main(["--config_file", str(config)]) == 0
     assert main(["--config_file", str(config), "--resume", "auto"]) == 0
     assert "nothing is left to do" in capsys.readouterr().err
+    # Killed between the last state and the file: the file is all that is missing.
+    whole = load_file(tmp_path / "out" / "out.safetensors")
+    (tmp_path / "out" / "out.safetensors").unlink()
+    assert main(["--config_file", str(config), "--resume", "auto"]) == 0
+    again = load_file(tmp_path / "out" / "out.safetensors")
+    assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
     # A longer run goes on from there.
     assert main(["--config_file", str(config), "--resume", "auto", "--max_train_epochs", "3"]) == 0
     with safe_open(tmp_path / "out" / "out.safetensors", framework="pt") as file:

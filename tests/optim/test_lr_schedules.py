@@ -214,6 +214,17 @@ def test_a_resumed_schedule_goes_on_as_if_uninterrupted(config):
     assert _rates(second, 6) == through[4:]
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup"])
+def test_a_schedule_follows_a_run_whose_steps_were_counted_anew(name: str):
+    config = ScheduleConfig(lr_scheduler=name, lr_warmup_steps=0.2)
+    through = _rates(build(config, _optimizer(), base_lr=1.0, total_steps=20), 20)
+    first = build(config, _optimizer(), base_lr=1.0, total_steps=40)
+    _rates(first, 16)
+    second = build(config, _optimizer(), base_lr=1.0, total_steps=20)  # twice the batch: half the steps
+    second.load_state_dict(first.state_dict(), moved=8 - 16)
+    assert _rates(second, 12) == pytest.approx(through[8:])
+
+
 def test_a_resumed_plateau_remembers_its_best():
     config = _config(PLATEAU, "patience=0", "factor=0.5")
     first = build(config, _optimizer(), base_lr=1.0, total_steps=9)

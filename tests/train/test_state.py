@@ -12,6 +12,7 @@ import torch
 
 from library.config.sections.saving import SavingConfig
 from library.errors import CheckpointError
+from library.files.hashes import file_sha256
 from library.train.checkpoint import SavedRun, load_run, newest_run, save_run, what_is_wrong
 from library.train.naming import epoch_save, epoch_stem, last_stem, step_save, step_stem
 from library.train.state import TrainState, falling_ratio
@@ -161,3 +162,38 @@ def test_the_file_that_goes_is_the_one_the_reference_removes(case):
             epoch_stem("out", case["remove_epoch"]),
         )
     assert point.retires_model == removed
+
+
+def test_auto_resume_takes_no_state_of_an_output_whose_name_begins_alike(tmp_path: Path):
+    save_run(tmp_path / "lora-000001-state", a_run(5))
+    for name in ("lora-v2-step00000090-state", "lora-v2-state", "lora2-state", "lora-1-state", "lora-states"):
+        save_run(tmp_path / name, a_run(90))
+    assert newest_run(tmp_path, "lora") == tmp_path / "lora-000001-state"
+    save_run(tmp_path / "lora-step00000007-state.old", a_run(7))  # killed while a new one took its name
+    assert newest_run(tmp_path, "lora") == tmp_path / "lora-step00000007-state.old"
+    assert newest_run(tmp_path, "lora-v2").name == "lora-v2-step00000090-state"
+    assert newest_run(tmp_path, None) is None
+    save_run(tmp_path / "at-step00000003-state", a_run(3))
+    assert newest_run(tmp_path, None) == tmp_path / "at-step00000003-state"
+
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next_save(tmp_path: Path):
+    half = tmp_path / ".out-state.abc123"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half a file")
+    save_run(tmp_path / "out-state", a_run())
+    assert [p.name for p in tmp_path.iterdir()] == ["out-state"]
+
+
+def test_a_state_with_a_damaged_manifest_or_of_another_version_is_refused(tmp_path: Path):
+    folder = tmp_path / "out-state"
+    save_run(folder, a_run())
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest[:20])
+    assert what_is_wrong(folder) == "its manifest.json is damaged; take an older state"
+    values = json.loads((folder / "train_state.json").read_text())
+    (folder / "train_state.json").write_text(json.dumps({**values, "version": 2}))
+    hashes = {**json.loads(manifest), "train_state.json": file_sha256(folder / "train_state.json")}
+    (folder / "manifest.json").write_text(json.dumps(hashes))
+    with pytest.raises(CheckpointError, match="a state of version 2, this program reads 1"):
+        load_run(folder)

@@ -1,0 +1,28 @@
+"""Ctrl-C as a terminal and a launcher send it: once, twice in a moment, and twice by a person."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from library.train import signals
+
+
+def test_a_second_ctrl_c_stops_at_once_unless_it_is_the_launchers_echo(monkeypatch: pytest.MonkeyPatch):
+    handlers = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    stop = signals.StopRequest()
+    try:
+        stop.install()
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # torchrun and accelerate pass on what the terminal sent
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(signals, "SAME_KEYPRESS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
