@@ -6,6 +6,7 @@ What is allowed but hurts is in `advice_rules`. What depends on the resolved dat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def output_has_a_place(context: Context) -> None:
     log_with = context.config.logging.log_with
     if log_with in ("tensorboard", "all") and context.config.logging.logging_dir is None:
         raise ConfigError(f"{context.said('log_with')} needs logging_dir: give the folder for the logs")
+
+
+def output_can_be_written(context: Context) -> None:
+    """Said before hours of training end at a file that cannot be made."""
+    named = {
+        "output_dir": context.config.saving.output_dir,
+        "logging_dir": context.config.logging.logging_dir,
+    }
+    for name, folder in named.items():
+        if folder is None:
+            continue
+        place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        if not place.is_dir():
+            raise ConfigError(f"{context.said(name)}: {place} is a file, not a folder; name another folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{context.said(name)}: nothing can be written into {place}; name another folder"
+            )
 
 
 def data_has_one_source(context: Context) -> None:
@@ -314,6 +333,7 @@ RULES = (
     network_module_is_for_flux,
     model_files_are_named,
     output_has_a_place,
+    output_can_be_written,
     data_has_one_source,
     named_files_exist,
     *SERVICE_RULES,
