@@ -363,6 +363,10 @@ def test_the_config_file_is_found_by_its_name_with_and_without_ending(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_config(["--config_file", str(tmp_path / name)])
         assert str(caught.value) == f"{tmp_path / name}.toml: there is no such file{hint}"
+    (tmp_path / "my.config.v2.toml").rename(tmp_path / "TRAIN.TOML")
+    assert load_config(["--config_file", str(tmp_path / "TRAIN.TOML")]).config.training.seed == 3
+    with pytest.raises(ConfigError, match="is a folder: name the file in it"):
+        load_config(["--config_file", str(tmp_path)])
 
 
 TABLES = "[[datasets]]\nresolution = '1024,768'\n[[datasets.subsets]]\nimage_dir = 'IMAGES'\n"
