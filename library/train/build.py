@@ -79,6 +79,13 @@ def check_parts(config: TrainConfig) -> tuple[str, ...]:
     return factory.check(config.optimizer)
 
 
+def check_schedule(config: TrainConfig, total_steps: int) -> tuple[str, ...]:
+    """Look at the learning rate schedule before anything is loaded. Returns what there is to say about it."""
+    if factory.sets_own_rate(config.optimizer):
+        return ()
+    return schedules.check(config.schedule, base_lr=config.optimizer.learning_rate, total_steps=total_steps)
+
+
 def wanted_prompts(config: TrainConfig) -> tuple[SamplePrompt, ...]:
     """The sample prompts, if any image will be drawn."""
     sampling = config.sampling

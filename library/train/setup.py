@@ -35,7 +35,15 @@ from library.preflight.lints import advice
 from library.preflight.report import Report, write_report
 from library.preflight.start import say_start
 from library.preflight.tables import print_report
-from library.train.build import Job, Trained, build_adapter, build_trained, check_parts, wanted_prompts
+from library.train.build import (
+    Job,
+    Trained,
+    build_adapter,
+    build_trained,
+    check_parts,
+    check_schedule,
+    wanted_prompts,
+)
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_result
@@ -107,6 +115,7 @@ def _dry_run(loaded: LoadedConfig) -> None:
     given, world_size = config.training.seed, launched_world_size()
     seed = given if given is not None else saved.state.seed if saved else 0
     data = read_data(config, seed=seed, world_size=world_size)
+    notices += check_schedule(config, data.plan.total_steps)
     start = continued_state(data.plan, saved, seed=seed).step if saved else start_step(config, data.plan)
     prompts, doubtful = with_trigger(prompts, data, loader.local_tokenizers)
     found = caches(config, loader, data)
@@ -145,6 +154,7 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
     check_hub(config.saving)
     prompts = wanted_prompts(config)
     data = read_data(config, seed=seed, world_size=backend.world.size)
+    check_schedule(config, data.plan.total_steps)
     state = first_state(config, data.plan, saved, seed=seed, backend=backend)
     loader = ModelLoader(config, files)
     prompts, doubtful = with_trigger(prompts, data, loader.any_tokenizers)
