@@ -84,7 +84,10 @@ def test_a_complete_config_has_nothing_to_say():
         ({"full_bf16": ""}, "needs mixed_precision bf16, not no"),
         ({"full_fp16": "", "mixed_precision": "bf16"}, "needs mixed_precision fp16, not bf16"),
         ({"full_fp16": "", "mixed_precision": "fp16"}, "use AdamW8bit, Adafactor or Lion"),
-        ({"fp8_base": ""}, "set mixed_precision to bf16"),
+        (
+            {"fp8_base": ""},
+            "--fp8_base (command line) needs mixed_precision bf16 or fp16: set mixed_precision to",
+        ),
         ({"initial_step": "1600"}, "is not below max_train_steps = 1600"),
         ({"global_batch_size": "8", "gradient_accumulation_steps": "2"}, "which decides the accumulation"),
         ({"network_train_text_encoder_only": ""}, "leave nothing to train"),

@@ -179,6 +179,7 @@ MEANT = [
         {"train_data_dir": Path(r"C:\train\new"), "output_dir": Path("D:/out put/é#1")},
         [],
     ),
+    ("logging_dir = '\"my logs/a\"'\n", {"logging_dir": Path("my logs/a")}, []),
     ('logging_dir = "C:\\\\logs"\n', {"logging_dir": Path(r"C:\logs")}, []),
     ("dynamo_backend = 'no'\n", {"torch_compile": False, "dynamo_backend": "inductor"}, []),
     (
