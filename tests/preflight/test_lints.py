@@ -136,6 +136,18 @@ def test_strict_config_lets_nothing_pass_before_a_model_is_loaded(
     )
 
 
+def test_what_is_odd_about_prompts_is_part_of_the_report(tmp_path: Path, pictures: Path):
+    config = write_config(
+        tmp_path / "c.toml", pictures, tmp_path / "out", **SOUND, sample_every_n_steps=4,
+        sample_prompts="a wave --w 64 --h 64 --cfg 4",
+    )  # fmt: skip
+    (notice,) = dry_run(config)["notices"]
+    assert notice["text"].startswith(
+        'a wave --w 64 --h 64 --cfg 4, prompt 1: "--cfg 4" is not a known flag'
+    ) or ('"--cfg 4" is not a known flag and is ignored; did you mean --l' in notice["text"])
+    assert main(["--config_file", str(config), "--dry_run", "--strict_config"]) == 2
+
+
 def test_schnell_is_named(tmp_path: Path, pictures: Path):
     tensors = load_file(ensure_tiny_flux() / "flux.safetensors")
     schnell = tmp_path / "flux1-schnell.safetensors"
