@@ -250,12 +250,9 @@ def network_parts_fit(context: Context) -> None:
 
 def text_encoder_training_fits(context: Context) -> None:
     """T5 is trained only when its outputs are computed live; at most two learning rates are known."""
-    config = context.config
-    words = (argument.partition("=") for argument in config.network.network_args)
-    train_t5 = any(
-        key.strip() == "train_t5xxl" and value.strip().lower() == "true" for key, _, value in words
-    )
-    if train_t5 and config.caching.cache_text_encoder_outputs and not config.network.network_train_unet_only:
+    config, network = context.config, context.config.network
+    cached = config.caching.cache_text_encoder_outputs
+    if network.wants_t5 and cached and not network.network_train_unet_only:
         raise ConfigError(
             f"network_args train_t5xxl=True ({context.sources['network_args']}) cannot be used with "
             f"{context.said('cache_text_encoder_outputs')}: T5's outputs change while it is trained"

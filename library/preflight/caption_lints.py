@@ -6,8 +6,8 @@ import os
 
 from library.config.dataset_settings import SubsetSettings
 from library.models.tokenizers import T5_LENGTH, FluxTokenizers
-from library.preflight.evidence import Evidence, listed
-from library.preflight.words import count_text, short_text
+from library.preflight.evidence import Evidence
+from library.preflight.words import count_text, names_text, short_text
 
 
 def captions_say_something(evidence: Evidence) -> None:
@@ -30,8 +30,8 @@ def captions_say_something(evidence: Evidence) -> None:
     if empty:
         evidence.context.advise(
             "captions-empty",
-            f"{count_text(len(empty), 'image trains', 'images train')} without words ({listed(empty)}), which changes "
-            "what every prompt draws; recommended: write captions",
+            f"{count_text(len(empty), 'image trains', 'images train')} without words ({names_text(empty)}), which "
+            "changes what every prompt draws; recommended: write captions",
         )
 
 
@@ -51,7 +51,7 @@ def captions_fit_t5(evidence: Evidence) -> None:
         evidence.context.advise(
             "captions-cut",
             f"{count_text(len(lengths), 'caption has', 'captions have')} more than {length} T5 tokens, up to "
-            f"{max(lengths.values())}, the end is cut off ({listed(names)}); recommended: shorten them, or raise "
+            f"{max(lengths.values())}, the end is cut off ({names_text(names)}); recommended: shorten them, or raise "
             "t5xxl_max_token_length",
         )
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from library.files.hashes import file_sha256
-from library.preflight.evidence import Evidence, listed
-from library.preflight.words import count_text
+from library.preflight.evidence import Evidence
+from library.preflight.words import count_text, names_text
 
 MOST_COMPARED = 5000  # pictures; reading sizes and contents of more takes too long for a dry run
 VISIBLE_CROP = 0.02  # share of a picture below which cropping is rounding
@@ -61,8 +61,8 @@ def pictures_differ(evidence: Evidence) -> None:
     if pairs:
         evidence.context.advise(
             "images-identical",
-            f"{count_text(len(pairs), 'image is', 'images are')} there more than once ({listed(pairs)}); recommended: "
-            "remove the copies, which are learnt as often as they are there",
+            f"{count_text(len(pairs), 'image is', 'images are')} there more than once ({names_text(pairs)}); "
+            "recommended: remove the copies, which are learnt as often as they are there",
         )
 
 
@@ -75,7 +75,7 @@ def buckets_fill_batches(evidence: Evidence) -> None:
         evidence.context.advise(
             "buckets-small",
             f"samples of {len(small)} of {len(evidence.forecast.buckets)} buckets do not fill one batch of "
-            f"train_batch_size ({listed(names)}); recommended: a larger bucket_reso_steps or a smaller "
+            f"train_batch_size ({names_text(names)}); recommended: a larger bucket_reso_steps or a smaller "
             "train_batch_size",
         )
 

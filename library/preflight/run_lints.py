@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from library.preflight.evidence import Evidence, listed
-from library.preflight.words import count_text, size_text
+from library.preflight.evidence import Evidence
+from library.preflight.words import count_text, names_text, size_text
 from library.train.checkpoint import MANIFEST, STATE_SUFFIX, TRAIN_STATE
 
 USUAL_VISITS = (25, 250)  # of each image over the run
@@ -75,7 +75,7 @@ def nothing_is_lost(evidence: Evidence) -> None:
         evidence.context.advise(
             "files-replaced",
             f"{evidence.context.config.saving.output_dir} holds {count_text(len(there), 'file')} that the run will "
-            f"replace ({listed(there)}); recommended: another output_name",
+            f"replace ({names_text(there)}); recommended: another output_name",
         )
 
 

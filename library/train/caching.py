@@ -104,9 +104,11 @@ class CachingPhase:
 
     def _announce(self, what: str, work: Work[LatentNeed] | Work[TextNeed]) -> None:
         for notice in work.notices:
-            logger.warning(notice)
+            logger.warning(notice, extra={"once": True})  # a folder that cannot be written has both caches
         missing = len(work.to_write) + len(work.to_keep)
-        logger.info("%s: %d of %d to encode", what, missing, work.num_checked)
+        ranks = self.backend.world.size
+        share = f" in this process, one of {ranks}" if ranks > 1 else ""
+        logger.info("%s: %d of %d to encode%s", what, missing, work.num_checked, share)
 
     def _announce_size(self, work: Work[TextNeed]) -> None:
         """Say what this rank will keep. Raises DatasetError or ConfigError if that does not fit."""
