@@ -121,7 +121,8 @@ def _dry_run(loaded: LoadedConfig) -> None:
         expected = forecast(
             config, files, data, prompts=prompts, caches=found, world_size=world_size, first_step=start
         )  # fmt: skip
-    notices += [*data.notices, *doubtful, *advice(loaded, files, data, expected)]
+    of_caches = (notice for cache in found for notice in cache.notices)
+    notices += [*data.notices, *doubtful, *of_caches, *advice(loaded, files, data, expected)]
     report = Report(loaded, expected, tuple(notices))
     if config.run.dry_run_json is not None:
         write_report(report, config.run.dry_run_json)
