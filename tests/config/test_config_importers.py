@@ -279,6 +279,15 @@ def test_keys_of_simpletuner(changes: dict[str, object], options: dict[str, obje
     assert {name: imported.options.get(name) for name in options} == options
 
 
+@pytest.mark.parametrize(("alignment", "step"), [(0, 64), (0.5, 16), ("32", 32)])
+def test_buckets_of_simpletuner_have_a_step(alignment: object, step: int, tmp_path: Path) -> None:
+    content = {"model_family": "flux", "model_type": "lora", "aspect_bucket_alignment": alignment,
+               "data_backend_config": str(SAMPLES / "backends.json")}  # fmt: skip
+    imported = import_file(written(tmp_path, content))
+    assert imported.dataset is not None
+    assert {table.get("bucket_reso_steps", step) for table in imported.dataset["datasets"]} == {step}
+
+
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
