@@ -9,6 +9,7 @@ Ctrl-C before training began. Whatever happens, the last line on the screen says
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -20,6 +21,11 @@ import library
 from library.config.load import load_config
 from library.errors import Interrupted, NothingToDo, TrainerError, UserError
 
+# What a disk says that is full, read-only or gone, which is no bug of ours
+STORAGE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENODEV,
+    errno.ESTALE,
+)  # fmt: skip
 INTERRUPTED = 130  # what a shell makes of Ctrl-C
 GRACE_SECONDS = 5.0  # what other ranks leave rank 0 to say what is wrong
 HERE = Path(__file__).resolve().parent
@@ -59,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last line must say what happened, whatever it was
+        if isinstance(error, OSError) and error.errno in STORAGE:
+            say_last(
+                f"error: {error.filename or 'a file'} cannot be read or written ({os.strerror(error.errno)}); "
+                "what was saved before is whole"
+            )
+            return UserError.exit_code
         traceback.print_exc()
         what = " ".join(str(error).split()) or "no further word"
         say_last(f"error: {type(error).__name__}: {what}; the lines above show where, please report them")

@@ -24,10 +24,11 @@ from library.cache.text import TextNeed, TextOptions
 from library.errors import ConfigError, DatasetError
 
 NeedT = TypeVar("NeedT", LatentNeed, TextNeed)
+LATENTS, TEXTS = "latents", "text encoder outputs"  # names of the two caches
 _NOTICES = {
-    Entry.FOREIGN: "{count} cache entries are another program's and are used, since their shapes fit",
-    Entry.STALE: "{count} cache entries fit no longer (image, caption, encoder or options) and are made anew",
-    Entry.UNREADABLE: "{count} cache entries are in damaged files, such as {path}, and are made anew",
+    Entry.FOREIGN: "{count} cached {what} are another program's and are used, since their shapes fit",
+    Entry.STALE: "{count} cached {what} fit no longer (image, caption, encoder or options) and are made anew",
+    Entry.UNREADABLE: "{count} cached {what} are in damaged files, such as {path}, and are made anew",
 }
 
 
@@ -59,7 +60,7 @@ def survey_latents(needs: Sequence[LatentNeed], *, encoder: str, options: CacheO
     def check(of_file: list[LatentNeed]) -> list[Entry]:
         return latents.check_file(of_file, encoder=encoder, skip_check=options.skip_check)
 
-    return _survey(needs, check, options)
+    return _survey(LATENTS, needs, check, options)
 
 
 def survey_text(
@@ -70,11 +71,11 @@ def survey_text(
     def check(of_file: list[TextNeed]) -> list[Entry]:
         return [text.check_file(one, options=text_options, skip_check=options.skip_check) for one in of_file]
 
-    return _survey(needs, check, options)
+    return _survey(TEXTS, needs, check, options)
 
 
 def _survey(
-    needs: Sequence[NeedT], check: Callable[[list[NeedT]], list[Entry]], options: CacheOptions
+    what: str, needs: Sequence[NeedT], check: Callable[[list[NeedT]], list[Entry]], options: CacheOptions
 ) -> Work[NeedT]:
     if not options.to_disk:
         return Work((), tuple(needs), len(needs), ())
@@ -100,7 +101,7 @@ def _survey(
         to_write,
         to_keep,
         len(found),
-        (*_state_notices(found), *(_read_only_notice(folder) for folder in read_only)),
+        (*_state_notices(what, found), *(_read_only_notice(folder) for folder in read_only)),
     )
 
 
@@ -146,12 +147,12 @@ def check_memory(size: int, option: str) -> None:
         )
 
 
-def _state_notices(found: Iterable[tuple[NeedT, Entry]]) -> list[str]:
+def _state_notices(what: str, found: Iterable[tuple[NeedT, Entry]]) -> list[str]:
     listed = list(found)
     counts = Counter(state for _, state in listed)
     examples = {state: need.path for need, state in listed}
     return [
-        sentence.format(count=counts[state], path=examples[state])
+        sentence.format(count=counts[state], what=what, path=examples[state])
         for state, sentence in _NOTICES.items()
         if counts[state]
     ]

@@ -184,6 +184,12 @@ MEANINGS: Mapping[str, Meaning] = {
         "The loss is only taken at the start.",
         "a shorter interval",
     ),
+    "validation-empty": Meaning(
+        "validation_split is set, but no folder is large enough for its share to be one picture",
+        "At least ceil(n * (1 - validation_split)) of a folder's n pictures are trained on, as in Kohya, so nothing is "
+        "validated.",
+        "a larger validation_split, or none",
+    ),
     "validation-small": Meaning(
         "validation_split holds back one picture only",
         "The validation loss then says how that one picture fares.",

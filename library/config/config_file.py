@@ -9,10 +9,12 @@ from typing import Any
 
 from library.config.cli import Given
 from library.config.kinds import local_path
+from library.config.names import files_near
 from library.config.notices import Notices
 from library.config.options import shown
 from library.config.toml_file import KeyPath, key_lines, line_of, parse_toml, read_text
 from library.config.train_config import OPTIONS
+from library.errors import ConfigError
 
 OTHER_PROGRAMS = (".json", ".yaml", ".yml")
 
@@ -26,10 +28,17 @@ class ConfigFile:
 
 
 def config_path(name: str) -> Path:
-    """The file that --config_file names; `.toml` may be left out. Files of other programs have other endings."""
+    """The file that --config_file names; `.toml` may be left out. Files of other programs have other endings.
+
+    Raises ConfigError for a folder.
+    """
     path = local_path(name)
-    if path.suffix.lower() in OTHER_PROGRAMS or name.endswith(".toml"):
+    if path.suffix.lower() in (*OTHER_PROGRAMS, ".toml"):
         return path
+    if path.is_dir() and not path.with_name(f"{path.name}.toml").exists():
+        raise ConfigError(
+            f"--config_file {name} is a folder: name the file in it{files_near(path / 'config.toml')}"
+        )
     with_suffix = path.with_name(f"{path.name}.toml")
     return path if path.is_file() and not with_suffix.exists() else with_suffix
 

@@ -69,8 +69,12 @@ def to_text(raw: object) -> str:
 
 
 def to_model_name(raw: object) -> str:
-    """A path or name. "C:\\train" in double quotes has a tab in it, which nobody means."""
+    """A path or name. "C:\\train" in double quotes has a tab in it, which nobody means, and quotes that came
+    along with "copy as path" are none of its letters.
+    """
     text = to_text(raw)
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        text = text[1:-1]
     if any(ord(letter) < ord(" ") for letter in text):
         raise ValueError(
             "has a control character in it, as a backslash in double quotes is an escape: "

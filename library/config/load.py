@@ -79,7 +79,7 @@ def _with_file(
     path: Path, given: Mapping[str, Given], notices: Notices
 ) -> tuple[dict[str, Given], Mapping[str, object] | None]:
     """What the config file gives beneath `given`: options and, if it is another program's, dataset tables."""
-    if path.suffix == ".toml":
+    if path.suffix.lower() == ".toml":
         content = read_config_file(path, notices)
         both = {**content.options, **given}
         place_strangers(content.strangers, both, notices)

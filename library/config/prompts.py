@@ -100,6 +100,8 @@ KEYS: Mapping[str, type] = {
     "guidance_scale": float,
 }
 
+TYPES: Mapping[type, str] = {str: "text", int: "a whole number", float: "a number"}
+
 
 def load_prompts(source: str | Path | Sequence[str]) -> LoadedPrompts:
     """Prompts from a file (.txt, .toml, .json), from lines, or from literal text.
@@ -199,7 +201,7 @@ def _from_toml(text: str, path: Path) -> list[Entry]:
             f"sample_prompts {path}: a .toml prompt file needs a [prompt] table, with [[prompt.subset]] entries"
         )
     shared = {key: value for key, value in common.items() if key != "subset"}
-    return [_from_table({**shared, **subset}) for subset in subsets]
+    return [_from_table({**shared, **subset}, path) for subset in subsets]
 
 
 def _all_tables(value: object) -> TypeGuard[list[dict[str, Any]]]:
@@ -213,7 +215,7 @@ def _from_json(text: str, path: Path) -> list[Entry]:
         raise ConfigError(f"sample_prompts {path}: this is not JSON ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(one, (str, dict)) for one in entries):
         raise ConfigError(f"sample_prompts {path}: a .json prompt file is a list of texts or objects")
-    return [_from_line(one.strip()) if isinstance(one, str) else _from_table(one) for one in entries]
+    return [_from_line(one.strip()) if isinstance(one, str) else _from_table(one, path) for one in entries]
 
 
 _READERS: Mapping[str, Callable[[str, Path], list[Entry]]] = {
@@ -223,8 +225,8 @@ _READERS: Mapping[str, Callable[[str, Path], list[Entry]]] = {
 }
 
 
-def _from_table(table: Mapping[str, object]) -> Entry:
-    """An entry whose keys are the field names."""
+def _from_table(table: Mapping[str, object], path: Path) -> Entry:
+    """An entry whose keys are the field names; `path` is for the message."""
     entry = Entry({}, [])
     for key, value in table.items():
         kind = KEYS.get(key)
@@ -237,7 +239,7 @@ def _from_table(table: Mapping[str, object]) -> Entry:
                 f"{key} is not a known key and is ignored{hint or '; keys are ' + ', '.join(KEYS)}"
             )
         elif isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise ConfigError(f"sample_prompts: {key} = {value!r} is not of type {kind.__name__}")
+            raise ConfigError(f"sample_prompts {path}: {key} = {value!r} is not {TYPES[kind]}")
         elif isinstance(value, (int, float, str)):
             entry.values[key] = value
     return entry

@@ -28,6 +28,8 @@ class Context:
         place = self.sources.get(name, "default")
         value = self.config.value(name)
         text = str(value) if isinstance(value, Path) else shown(name, value)
+        if value is True and place == COMMAND_LINE:
+            return f"--{name} ({place})"
         return f"--{name} {text} ({place})" if place == COMMAND_LINE else f"{name} = {text} ({place})"
 
     def advise(self, code: str, text: str) -> None:

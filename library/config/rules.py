@@ -6,6 +6,7 @@ What is allowed but hurts is in `advice_rules`. What depends on the resolved dat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def output_has_a_place(context: Context) -> None:
     log_with = context.config.logging.log_with
     if log_with in ("tensorboard", "all") and context.config.logging.logging_dir is None:
         raise ConfigError(f"{context.said('log_with')} needs logging_dir: give the folder for the logs")
+
+
+def output_can_be_written(context: Context) -> None:
+    """Said before hours of training end at a file that cannot be made."""
+    named = {
+        "output_dir": context.config.saving.output_dir,
+        "logging_dir": context.config.logging.logging_dir,
+    }
+    for name, folder in named.items():
+        if folder is None:
+            continue
+        place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        if not place.is_dir():
+            raise ConfigError(f"{context.said(name)}: {place} is a file, not a folder; name another folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{context.said(name)}: nothing can be written into {place}; name another folder"
+            )
 
 
 def data_has_one_source(context: Context) -> None:
@@ -254,12 +273,9 @@ def network_parts_fit(context: Context) -> None:
 
 def text_encoder_training_fits(context: Context) -> None:
     """T5 is trained only when its outputs are computed live; at most two learning rates are known."""
-    config = context.config
-    words = (argument.partition("=") for argument in config.network.network_args)
-    train_t5 = any(
-        key.strip() == "train_t5xxl" and value.strip().lower() == "true" for key, _, value in words
-    )
-    if train_t5 and config.caching.cache_text_encoder_outputs and not config.network.network_train_unet_only:
+    config, network = context.config, context.config.network
+    cached = config.caching.cache_text_encoder_outputs
+    if network.wants_t5 and cached and not network.network_train_unet_only:
         raise ConfigError(
             f"network_args train_t5xxl=True ({context.sources['network_args']}) cannot be used with "
             f"{context.said('cache_text_encoder_outputs')}: T5's outputs change while it is trained"
@@ -337,6 +353,7 @@ RULES = (
     network_module_is_for_flux,
     model_files_are_named,
     output_has_a_place,
+    output_can_be_written,
     data_has_one_source,
     named_files_exist,
     *SERVICE_RULES,

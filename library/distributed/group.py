@@ -38,15 +38,23 @@ class Group:
         """Wait without a timeout until every rank is here; an error of one rank ends all."""
         self.store.add(f"arrived/{name}", 1)
         while self.store.add(f"arrived/{name}", 0) < self.world.size:
-            if self.store.check(["failure"]):
-                raise TrainerError(f"another rank stopped: {self.store.get('failure').decode()}")
+            self._follow()
             time.sleep(POLL_SECONDS)
 
     def close(self, *, failure: str | None = None) -> None:
-        """Leave the group; with `failure`, tell waiting ranks why."""
+        """Leave the group; with `failure`, tell waiting ranks why.
+
+        Raises TrainerError if another rank failed before: a broken connection is only its echo.
+        """
         if failure is not None:
+            self._follow()
             # An abort, not a farewell: peers may sit in a collective that this rank will never join.
             self.store.set("failure", f"rank {self.world.rank}: {failure}")
             return
         self.wait("the end")  # the main rank may still be writing
         dist.destroy_process_group()
+
+    def _follow(self) -> None:
+        """Stop where another rank has said that it stopped."""
+        if self.store.check(["failure"]):
+            raise TrainerError(f"another rank stopped: {self.store.get('failure').decode()}")

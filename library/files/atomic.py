@@ -41,6 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~current_umask())
         temporary.replace(path)
         fsync(path.parent)
+    except OSError as error:
+        if error.filename in (None, name):  # a full disk names no file, others the temporary one
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,7 +156,8 @@ class Reader:
 def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write `tensors` to `path` whole, by way of a temporary file and a rename.
 
-    Tensors are moved to the CPU and made contiguous; views of one storage are written as separate tensors.
+    Tensors are moved to the CPU and made contiguous; views of one storage are written as separate tensors. Raises
+    OSError, as any other writing does.
     """
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     storages: set[int] = set()
@@ -164,7 +167,13 @@ def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
             ready[name] = tensor.clone()
         storages.add(address)
     with replacing(path) as temporary:
-        safetensors.torch.save_file(ready, temporary, metadata=dict(metadata) if metadata else None)
+        try:
+            safetensors.torch.save_file(ready, temporary, metadata=dict(metadata) if metadata else None)
+        except safetensors.SafetensorError as error:
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def load_file(path: Path) -> dict[str, Tensor]:

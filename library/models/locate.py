@@ -1,7 +1,8 @@
 """A model reference of the configuration to a path: the embedded model by its name, anything else on disk.
 
 Nothing is downloaded: the real models are gated or large, and a trainer that starts a 24 GB download
-unasked helps nobody. What a path holds is checked when it is loaded, in `library.models.identify`.
+unasked helps nobody. A repository of the Hugging Face Hub that another program left in the cache of
+this machine is used from there. What a path holds is checked when it is loaded, in `library.models.identify`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from library.errors import CheckpointError
 from library.files.safetensors import similar_name
@@ -22,6 +26,7 @@ _TINY: Mapping[str, str] = {
     "t5xxl": "t5xxl.safetensors",
     "tokenizers": "tokenizers",
 }
+_FILES = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".ckpt", ".bin")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -38,9 +43,12 @@ def locate(reference: str, component: str, option: str) -> Path:
     path = Path(reference).expanduser()
     if path.exists():
         return path
-    if _HUB_NAME.match(reference) and not path.suffix:
-        raise CheckpointError(
-            f"--{option} {reference} is not a file or folder here; download the model first "
-            f"(`hf download {reference} --local-dir ...`) and give the path, or use {tiny.NAME}."
-        )
+    if _HUB_NAME.match(reference) and path.suffix.lower() not in _FILES and not path.parent.is_dir():
+        try:
+            return Path(huggingface_hub.snapshot_download(reference, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            raise CheckpointError(
+                f"--{option} {reference} is not a file or folder here, nor in the cache of Hugging Face; download the "
+                f"model first (`hf download {reference}`), or use {tiny.NAME}."
+            ) from None
     raise CheckpointError(f"--{option} {path} does not exist.{similar_name(path)}")

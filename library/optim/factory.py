@@ -218,6 +218,14 @@ def check(config: OptimizerConfig) -> tuple[str, ...]:
     return _resolve(config)[2].notices
 
 
+def sets_own_rate(config: OptimizerConfig) -> bool:
+    """Whether `build` would give an optimizer that takes no schedule."""
+    recipe, _, parsed = _resolve(config)
+    if recipe.name == "Adafactor":
+        return _settle_adafactor({**recipe.defaults, **parsed.values}, config, ())[0]
+    return recipe.name.lower().endswith("schedulefree")
+
+
 def _resolve(config: OptimizerConfig) -> tuple[Recipe, type, Arguments]:
     """The named optimizer's class and its checked arguments."""
     recipe, notices = _choose(config)

@@ -195,24 +195,56 @@ def build(config: ScheduleConfig, optimizer: BuiltOptimizer, *, base_lr: float, 
     `base_lr` is learning_rate, which absolute rates (lr_end, min_lr) are compared with. Unknown names and
     arguments are a `ConfigError`.
     """
-    run = Run(
+    run = _run(config, base_lr, total_steps)
+    if optimizer.sets_own_rate:
+        return _without(run, optimizer)
+    resolved = _resolve(run)
+    try:
+        scheduler = resolved.make(optimizer.optimizer)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lr_scheduler {resolved.name} refuses lr_scheduler_args: {error}") from error
+    return Schedule(scheduler, optimizer.optimizer, resolved.name, resolved.notices)
+
+
+def check(config: ScheduleConfig, *, base_lr: float, total_steps: int) -> tuple[str, ...]:
+    """Raise what `build` would raise, before anything is loaded; returns its notices.
+
+    For an optimizer whose rates a schedule may set: others take none.
+    """
+    return _resolve(_run(config, base_lr, total_steps)).notices
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """A schedule whose name and arguments are known to be right."""
+
+    name: str
+    make: Callable[[torch.optim.Optimizer], LRScheduler]
+    notices: tuple[str, ...]
+
+
+def _run(config: ScheduleConfig, base_lr: float, total_steps: int) -> Run:
+    return Run(
         config=config,
         base_lr=base_lr,
         total=total_steps,
         warmup=resolve_steps(config.lr_warmup_steps, total_steps, option="lr_warmup_steps"),
         decay=resolve_steps(config.lr_decay_steps, total_steps, option="lr_decay_steps"),
     )
-    if optimizer.sets_own_rate:
-        return _without(run, optimizer)
+
+
+def _resolve(run: Run) -> _Resolved:
+    config = run.config
     parsed = parse_arguments(config.lr_scheduler_args, option="lr_scheduler_args")
     name = config.lr_scheduler_type or config.lr_scheduler
     if config.lr_scheduler_type or name in WITHOUT_WARMUP:
         _refuse_warmup(run, name)
+    make: Callable[[torch.optim.Optimizer], LRScheduler]
     if config.lr_scheduler_type or name == PLATEAU:
-        scheduler = _foreign(name, parsed.values, optimizer.optimizer)
+        make = partial(_foreign(name, parsed.values), **parsed.values)
     else:
-        scheduler = LambdaLR(optimizer.optimizer, _multiplier(name, run, parsed.values))
-    return Schedule(scheduler, optimizer.optimizer, name, (*parsed.notices, *_too_long(run)))
+        make = partial(LambdaLR, lr_lambda=_multiplier(name, run, parsed.values))
+    return _Resolved(name, make, (*parsed.notices, *_too_long(run)))
 
 
 def _too_long(run: Run) -> tuple[str, ...]:
@@ -244,8 +276,8 @@ def _refuse_warmup(run: Run, name: str) -> None:
         )
 
 
-def _foreign(name: str, arguments: Mapping[str, object], optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """A class of torch.optim.lr_scheduler, or module.Class, with lr_scheduler_args."""
+def _foreign(name: str, arguments: Mapping[str, object]) -> Callable[..., LRScheduler]:
+    """A class of torch.optim.lr_scheduler, or module.Class, that takes these lr_scheduler_args."""
     module, dot, class_name = ("", "", "ReduceLROnPlateau") if name == PLATEAU else name.rpartition(".")
     kind = import_class(
         module if dot else "torch.optim.lr_scheduler", class_name, option=f"lr_scheduler_type = {name}"
@@ -253,10 +285,7 @@ def _foreign(name: str, arguments: Mapping[str, object], optimizer: torch.optim.
     check_arguments(
         arguments, target=kind, option="lr_scheduler_args", reserved={"optimizer": "the optimizer options"}
     )
-    try:
-        return cast(LRScheduler, kind(optimizer, **arguments))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lr_scheduler {name} refuses lr_scheduler_args: {error}") from error
+    return cast("Callable[..., LRScheduler]", kind)
 
 
 def _multiplier(name: str, run: Run, given: Mapping[str, object]) -> Callable[[int], float]:

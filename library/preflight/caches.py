@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from library.cache.latents import CELL, CHANNELS, LatentNeed, latent_needs
-from library.cache.survey import CacheOptions, NeedT, Work, survey_latents, survey_text
+from library.cache.survey import (
+    LATENTS,
+    TEXTS,
+    CacheOptions,
+    NeedT,
+    Work,
+    survey_latents,
+    survey_text,
+)
 from library.config.train_config import TrainConfig
-from library.preflight.facts import LATENTS, TEXTS, CacheFacts
+from library.preflight.facts import CacheFacts
 from library.train.caching import planned_text
 from library.train.loading import ModelLoader
 from library.train.prepare import Data
@@ -57,4 +65,5 @@ def _facts(what: str, work: Work[NeedT], sizes: Sequence[int], in_memory: int) -
         to_encode=len(work.to_write) + len(work.to_keep),
         bytes_in_memory=in_memory,
         bytes_by_folder=tuple(sorted(folders.items())),
+        notices=work.notices,
     )

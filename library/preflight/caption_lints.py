@@ -6,7 +6,8 @@ import os
 
 from library.config.dataset_settings import SubsetSettings
 from library.models.tokenizers import T5_LENGTH, FluxTokenizers
-from library.preflight.evidence import Evidence, listed
+from library.preflight.evidence import Evidence
+from library.preflight.words import count_text, names_text, short_text
 
 
 def captions_say_something(evidence: Evidence) -> None:
@@ -18,8 +19,8 @@ def captions_say_something(evidence: Evidence) -> None:
         if folder.captions == 1 and folder.example not in ("", subset.class_tokens):
             evidence.context.advise(
                 "captions-identical",
-                f'{folder.name}: all {folder.images} images have the caption "{_short(folder.example)}"; recommended: '
-                "describe what is particular to each",
+                f'{folder.name}: all {folder.images} images have the caption "{short_text(folder.example)}"; '
+                "recommended: describe what is particular to each",
             )
     empty = [
         os.path.basename(record.file)
@@ -29,8 +30,8 @@ def captions_say_something(evidence: Evidence) -> None:
     if empty:
         evidence.context.advise(
             "captions-empty",
-            f"{len(empty)} images train without words ({listed(empty)}), which changes what every prompt draws; "
-            "recommended: write captions",
+            f"{count_text(len(empty), 'image trains', 'images train')} without words ({names_text(empty)}), which "
+            "changes what every prompt draws; recommended: write captions",
         )
 
 
@@ -49,18 +50,15 @@ def captions_fit_t5(evidence: Evidence) -> None:
         names = [captions[caption].path.name for caption in lengths]
         evidence.context.advise(
             "captions-cut",
-            f"{len(lengths)} captions have more than {length} T5 tokens, up to {max(lengths.values())}, and lose their "
-            f"end ({listed(names)}); recommended: shorten them, or raise t5xxl_max_token_length",
+            f"{count_text(len(lengths), 'caption has', 'captions have')} more than {length} T5 tokens, up to "
+            f"{max(lengths.values())}, the end is cut off ({names_text(names)}); recommended: shorten them, or raise "
+            "t5xxl_max_token_length",
         )
 
 
 def _subsets(evidence: Evidence) -> list[SubsetSettings]:
     """The settings of each reported folder, in the same order."""
     return [evidence.data.datasets[r.dataset].subsets[r.subset] for r in evidence.data.discovered.subsets]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 CAPTION_LINTS = (captions_say_something, captions_fit_t5)

@@ -18,9 +18,3 @@ class Evidence:
     data: Data
     forecast: Forecast
     captions: tuple[str, ...]  # of the training records, as their first visits have them
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Size = tuple[int, int]  # width, height in pixels
-LATENTS, TEXTS = "latents", "text encoder outputs"  # names of the two caches
 VISIBLE_ENLARGEMENT = 1.5  # blur shows beyond it
 
 
@@ -75,11 +74,12 @@ class ScheduleFacts:
 class CacheFacts:
     """One of the two caches."""
 
-    what: str  # LATENTS or TEXTS
+    what: str  # "latents" or "text encoder outputs"
     entries: int
     to_encode: int
     bytes_in_memory: int  # on every rank
     bytes_by_folder: tuple[tuple[Path, int], ...]  # to be written
+    notices: tuple[str, ...]  # why entries are made anew, or kept in memory
 
     @property
     def bytes_to_write(self) -> int:

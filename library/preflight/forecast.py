@@ -20,7 +20,7 @@ from library.preflight.facts import (
     ScheduleFacts,
 )
 from library.preflight.trained import measure
-from library.preflight.writes import disks, files_to_write, sample_times
+from library.preflight.writes import disks, epoch_ends, files_to_write, multiples, sample_times
 from library.train.prepare import Data, ModelFiles
 
 
@@ -144,10 +144,7 @@ def _validation_steps(config: TrainConfig, data: Data, first_step: int) -> tuple
     validation, plan = config.validation, data.plan
     steps = {first_step} if first_step == 0 else set[int]()
     if validation.validate_every_n_steps:
-        every = validation.validate_every_n_steps
-        steps |= set(range((first_step // every + 1) * every, plan.total_steps + 1, every))
-    for epoch in range(1, plan.num_epochs + 1):
-        end = min(epoch * plan.steps_per_epoch, plan.total_steps)
-        if epoch % (validation.validate_every_n_epochs or 1) == 0 and end > first_step:
-            steps.add(end)
+        steps |= set(multiples(validation.validate_every_n_steps, first_step, plan.total_steps))
+    ends = epoch_ends(plan, validation.validate_every_n_epochs or 1)
+    steps |= {step for _, step in ends if step > first_step}
     return tuple(sorted(steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from library.data.captions import varies
 from library.preflight.evidence import Evidence
 from library.preflight.words import size_text
 from library.train.prepare import trains_text
@@ -42,14 +43,8 @@ def precision_suits_the_size(evidence: Evidence) -> None:
 def text_encoders_can_go(evidence: Evidence) -> None:
     """Without cached outputs both encoders stay loaded, which only changing captions and T5 training need."""
     context = evidence.context
-    subsets = [subset for dataset in evidence.data.datasets for subset in dataset.subsets]
-    changing = any(
-        subset.shuffle_caption or subset.token_warmup_step or subset.caption_tag_dropout_rate
-        or subset.enable_wildcard
-        for subset in subsets
-    )  # fmt: skip
-    trains_t5 = any("train_t5xxl" in argument for argument in context.config.network.network_args)
-    if context.config.caching.cache_text_encoder_outputs or changing or trains_t5:
+    changing = any(varies(subset) for dataset in evidence.data.datasets for subset in dataset.subsets)
+    if context.config.caching.cache_text_encoder_outputs or changing or context.config.network.wants_t5:
         return
     who = (
         "T5 stays in memory and runs"

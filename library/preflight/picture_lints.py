@@ -6,7 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from library.files.hashes import file_sha256
-from library.preflight.evidence import Evidence, listed
+from library.preflight.evidence import Evidence
+from library.preflight.words import count_text, names_text
 
 MOST_COMPARED = 5000  # pictures; reading sizes and contents of more takes too long for a dry run
 VISIBLE_CROP = 0.02  # share of a picture below which cropping is rounding
@@ -52,12 +53,16 @@ def pictures_differ(evidence: Evidence) -> None:
     for same_size in by_size.values():
         for path in same_size if len(same_size) > 1 else ():
             by_content[file_sha256(path)].append(path)
-    pairs = [f"{copies[0].name} = {copies[1].name}" for copies in by_content.values() if len(copies) > 1]
+    pairs = [
+        " = ".join(f"{path.parent.name}/{path.name}" for path in copies[:2])
+        for copies in by_content.values()
+        if len(copies) > 1
+    ]
     if pairs:
         evidence.context.advise(
             "images-identical",
-            f"{len(pairs)} images are there more than once ({listed(pairs)}) and weigh more; recommended: remove the "
-            "copies",
+            f"{count_text(len(pairs), 'image is', 'images are')} there more than once ({names_text(pairs)}); "
+            "recommended: remove the copies, which are learnt as often as they are there",
         )
 
 
@@ -69,9 +74,9 @@ def buckets_fill_batches(evidence: Evidence) -> None:
         names = [f"{b.size[0]}x{b.size[1]}: {b.samples}" for b in small]
         evidence.context.advise(
             "buckets-small",
-            f"{len(small)} of {len(evidence.forecast.buckets)} buckets hold fewer samples than train_batch_size, so "
-            f"{len(small)} batches of each epoch are smaller ({listed(names)}); recommended: a larger "
-            "bucket_reso_steps or a smaller train_batch_size",
+            f"samples of {len(small)} of {len(evidence.forecast.buckets)} buckets do not fill one batch of "
+            f"train_batch_size ({names_text(names)}); recommended: a larger bucket_reso_steps or a smaller "
+            "train_batch_size",
         )
 
 

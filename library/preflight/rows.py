@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from library.preflight.facts import LATENTS, TEXTS, CacheFacts, Forecast
+from library.cache.survey import LATENTS, TEXTS
+from library.preflight.facts import CacheFacts, Forecast
 from library.preflight.words import count_text, size_text, steps_text
 
 

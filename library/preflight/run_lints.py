@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from library.preflight.evidence import Evidence, listed
-from library.preflight.words import count_text, size_text
+from library.preflight.evidence import Evidence
+from library.preflight.words import count_text, names_text, size_text
 from library.train.checkpoint import MANIFEST, STATE_SUFFIX, TRAIN_STATE
 
 USUAL_VISITS = (25, 250)  # of each image over the run
@@ -40,9 +40,16 @@ def intervals_fit_the_run(evidence: Evidence) -> None:
 
 
 def validation_means_something(evidence: Evidence) -> None:
-    """One picture is no measure of a set."""
+    """One picture is no measure of a set, and none is no validation."""
     held = evidence.forecast.plan.validation_images
-    if held == 1:
+    splits = (subset.validation_split for dataset in evidence.data.datasets for subset in dataset.subsets)
+    if held == 0 and any(split > 0 for split in splits):
+        evidence.context.advise(
+            "validation-empty",
+            "validation_split is too small a share of any folder to hold back one image, so nothing is validated; "
+            "recommended: a larger validation_split, or none",
+        )
+    elif held == 1:
         evidence.context.advise(
             "validation-small",
             "validation_split holds back one image, and the validation loss says how that one fares; recommended: at "
@@ -67,8 +74,8 @@ def nothing_is_lost(evidence: Evidence) -> None:
     if there and evidence.context.config.saving.resume is None:
         evidence.context.advise(
             "files-replaced",
-            f"{evidence.context.config.saving.output_dir} holds {len(there)} files that the run will replace "
-            f"({listed(there)}); recommended: another output_name",
+            f"{evidence.context.config.saving.output_dir} holds {count_text(len(there), 'file')} that the run will "
+            f"replace ({names_text(there)}); recommended: another output_name",
         )
 
 

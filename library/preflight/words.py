@@ -22,6 +22,12 @@ def count_text(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def names_text(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def steps_text(steps: Sequence[int]) -> str:
     """The first few, the last, and how many there are."""
     if len(steps) <= 7:

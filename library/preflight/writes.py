@@ -39,19 +39,24 @@ def sample_times(config: SamplingConfig, plan: Plan, first_step: int) -> Iterato
     if config.sample_at_first and first_step == 0:
         yield 0, None
     if config.sample_every_n_epochs:
-        for epoch, step in epoch_ends(plan):
-            if epoch % config.sample_every_n_epochs == 0 and step > first_step:
+        for epoch, step in epoch_ends(plan, config.sample_every_n_epochs):
+            if step > first_step:
                 yield step, epoch
     elif config.sample_every_n_steps:
         yield from (
-            (step, None) for step in _multiples(config.sample_every_n_steps, first_step, plan.total_steps)
+            (step, None) for step in multiples(config.sample_every_n_steps, first_step, plan.total_steps)
         )
 
 
-def epoch_ends(plan: Plan) -> Iterator[tuple[int, int]]:
-    """(epoch from 1, step at its end); the last epoch ends with the run."""
-    for epoch in range(1, plan.num_epochs + 1):
+def epoch_ends(plan: Plan, every: int) -> Iterator[tuple[int, int]]:
+    """(epoch from 1, step at its end) of every n-th epoch; the last epoch ends with the run."""
+    for epoch in range(every, plan.num_epochs + 1, every):
         yield epoch, min(epoch * plan.steps_per_epoch, plan.total_steps)
+
+
+def multiples(every: int, first_step: int, last: int) -> range:
+    """Multiples of `every` after `first_step`, to `last`."""
+    return range((first_step // every + 1) * every, last + 1, every)
 
 
 def peak_bytes(files: Iterable[FileFacts]) -> int:
@@ -123,12 +128,12 @@ def save_points(
     saving = config.saving
     due: list[tuple[int, int, int | None, SavePoint]] = []
     if saving.save_every_n_steps:
-        for step in _multiples(saving.save_every_n_steps, first_step, plan.total_steps):
+        for step in multiples(saving.save_every_n_steps, first_step, plan.total_steps):
             point = step_save(saving, step=step)
             assert point is not None
             due.append((step, 0, None, point))
-    if save_every_n_epochs(saving, plan.num_epochs):
-        for epoch, step in epoch_ends(plan):
+    if every := save_every_n_epochs(saving, plan.num_epochs):
+        for epoch, step in epoch_ends(plan, every):
             point = epoch_save(saving, epoch=epoch, num_epochs=plan.num_epochs)
             if point and step > first_step:
                 due.append((step, 1, epoch, point))
@@ -144,8 +149,3 @@ def _samples(config: TrainConfig, prompts: Sequence[SamplePrompt], step: int, ep
         path=config.saving.output_dir / "sample" / pattern, kind="samples", step=step, epoch=epoch,
         bytes=sum(prompt.width * prompt.height * 3 for prompt in prompts),
     )  # fmt: skip
-
-
-def _multiples(every: int, first_step: int, last: int) -> range:
-    """Multiples of `every` after `first_step`, to `last`."""
-    return range((first_step // every + 1) * every, last + 1, every)

@@ -12,7 +12,7 @@ from torch import nn
 
 from library import randomness
 from library.adapters.flux import TEXT_LENGTHS, FluxAdapter, FluxTrainModule, ForwardSettings
-from library.config.prompts import SamplePrompt, load_prompts
+from library.config.prompts import LoadedPrompts, SamplePrompt, load_prompts
 from library.config.sections.memory import MemoryConfig
 from library.config.train_config import TrainConfig
 from library.data.records import TextCond
@@ -80,16 +80,20 @@ def check_parts(config: TrainConfig) -> tuple[str, ...]:
     return factory.check(config.optimizer)
 
 
-def wanted_prompts(config: TrainConfig) -> tuple[SamplePrompt, ...]:
-    """The sample prompts, if any image will be drawn."""
+def check_schedule(config: TrainConfig, total_steps: int) -> tuple[str, ...]:
+    """Look at the learning rate schedule before anything is loaded. Returns what there is to say about it."""
+    if factory.sets_own_rate(config.optimizer):
+        return ()
+    return schedules.check(config.schedule, base_lr=config.optimizer.learning_rate, total_steps=total_steps)
+
+
+def wanted_prompts(config: TrainConfig) -> LoadedPrompts:
+    """The sample prompts, if any image will be drawn, and what there is to say about them."""
     sampling = config.sampling
     wanted = sampling.sample_at_first or sampling.sample_every_n_steps or sampling.sample_every_n_epochs
     if not wanted or sampling.sample_prompts is None:
-        return ()
-    loaded = load_prompts(sampling.sample_prompts)
-    for notice in loaded.notices:
-        logger.warning(notice)
-    return loaded.prompts
+        return LoadedPrompts((), ())
+    return load_prompts(sampling.sample_prompts)
 
 
 def build_trained(job: Job) -> Trained:

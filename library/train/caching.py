@@ -20,7 +20,16 @@ from torch import Tensor
 from library.adapters.text import FluxTextEncoders
 from library.cache.build import build_latents, build_text
 from library.cache.latents import LatentNeed, LatentStore, latent_needs
-from library.cache.survey import CacheOptions, Work, check_memory, check_space, survey_latents, survey_text
+from library.cache.survey import (
+    LATENTS,
+    TEXTS,
+    CacheOptions,
+    Work,
+    check_memory,
+    check_space,
+    survey_latents,
+    survey_text,
+)
 from library.cache.text import TextNeed, TextStore, text_needs
 from library.cache.variants import plan_variants
 from library.config.prompts import SamplePrompt
@@ -56,10 +65,10 @@ class CachingPhase:
         options = self._options(caching.cache_latents_to_disk, caching.vae_batch_size)
         encoder = self.loader.autoencoder_identity()
         work = survey_latents(needs, encoder=encoder, options=options)
-        self._announce("latents", work)
+        self._announce(LATENTS, work)
         if work.to_write or work.to_keep:
             encode = image_encoder(self.loader.autoencoder(), self.backend.world.device)
-            with self._progress("caching latents") as report:
+            with self._progress(f"caching {LATENTS}") as report:
                 options = replace(options, progress=report)
                 build_latents(work, store, encode, encoder=encoder, options=options)
             del encode  # and the autoencoder with it
@@ -77,11 +86,11 @@ class CachingPhase:
         options = self._options(config.caching.cache_text_encoder_outputs_to_disk, batch_size)
         work = survey_text(needs, text_options=text_options, options=options)
         if cached:
-            self._announce("text encoder outputs", work)
+            self._announce(TEXTS, work)
             self._announce_size(work)
         if work.to_write or work.to_keep or prompts:
             encoders = self.loader.text_encoders(self.backend.world.device)
-            with self._progress("caching text encoder outputs") as report:
+            with self._progress(f"caching {TEXTS}") as report:
                 options = replace(options, progress=report)
                 build_text(work, store, encoders.encode, text_options=text_options, options=options)
             conditions = encode_prompts(encoders, prompts)
@@ -104,9 +113,11 @@ class CachingPhase:
 
     def _announce(self, what: str, work: Work[LatentNeed] | Work[TextNeed]) -> None:
         for notice in work.notices:
-            logger.warning(notice)
+            logger.warning(notice, extra={"once": True})  # a folder that cannot be written has both caches
         missing = len(work.to_write) + len(work.to_keep)
-        logger.info("%s: %d of %d to encode", what, missing, work.num_checked)
+        ranks = self.backend.world.size
+        share = f" in this process, one of {ranks}" if ranks > 1 else ""
+        logger.info("%s: %d of %d to encode%s", what, missing, work.num_checked, share)
 
     def _announce_size(self, work: Work[TextNeed]) -> None:
         """Say what this rank will keep. Raises DatasetError or ConfigError if that does not fit."""

@@ -36,7 +36,15 @@ from library.preflight.lints import advice
 from library.preflight.report import Report, write_report
 from library.preflight.start import say_start
 from library.preflight.tables import print_report
-from library.train.build import Job, Trained, build_adapter, build_trained, check_parts, wanted_prompts
+from library.train.build import (
+    Job,
+    Trained,
+    build_adapter,
+    build_trained,
+    check_parts,
+    check_schedule,
+    wanted_prompts,
+)
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_result
@@ -46,6 +54,7 @@ from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
 from library.train.prepare import (
     Data,
+    ModelFiles,
     check_swap,
     locate_models,
     no_garbage_collection,
@@ -98,27 +107,26 @@ def dry_run(loaded: LoadedConfig) -> None:
 
 def _dry_run(loaded: LoadedConfig) -> None:
     config = loaded.config
-    files = locate_models(config.model)
-    check_swap(config.memory, files)
-    check_trackers(config.logging)
-    check_hub(config.saving)
-    notices = [*loaded.notices, *check_parts(config)]
-    prompts = wanted_prompts(config)
+    files, said = check_early(config)
+    written = wanted_prompts(config)
+    notices = [*loaded.notices, *said, *written.notices]
     loader = ModelLoader(config, files)
     saved = resumed_run(config)
     given, world_size = config.training.seed, launched_world_size()
     seed = given if given is not None else saved.state.seed if saved else 0
     data = read_data(config, seed=seed, world_size=world_size)
+    notices += check_schedule(config, data.plan.total_steps)
     start = (
         continued_state(config, data.plan, saved, seed=seed).step if saved else start_step(config, data.plan)
     )
-    prompts, doubtful = with_trigger(prompts, data, loader.local_tokenizers)
+    prompts, doubtful = with_trigger(written.prompts, data, loader.local_tokenizers)
     found = caches(config, loader, data)
     with quiet(logging.INFO):
         expected = forecast(
             config, files, data, prompts=prompts, caches=found, world_size=world_size, first_step=start
         )  # fmt: skip
-    notices += [*data.notices, *doubtful, *advice(loaded, files, data, expected)]
+    of_caches = (notice for cache in found for notice in cache.notices)
+    notices += [*data.notices, *doubtful, *of_caches, *advice(loaded, files, data, expected)]
     report = Report(loaded, expected, tuple(notices))
     if config.run.dry_run_json is not None:
         write_report(report, config.run.dry_run_json)
@@ -126,6 +134,18 @@ def _dry_run(loaded: LoadedConfig) -> None:
         print_report(report)
     if config.run.strict_config:
         refuse(notices)
+
+
+def check_early(config: TrainConfig) -> tuple[ModelFiles, tuple[str, ...]]:
+    """Find the model files, and whatever is wrong with parts that need neither data nor a model to be looked at.
+
+    Returns also what there is to say, which a run says as it builds the parts.
+    """
+    files = locate_models(config.model)
+    check_swap(config.memory, files)
+    check_trackers(config.logging)
+    check_hub(config.saving)
+    return files, check_parts(config)
 
 
 def debug_dataset(config: TrainConfig) -> None:
@@ -142,22 +162,19 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
     config = loaded.config
     saved = resumed_run(config, backend)
     seed = choose_seed(config, saved, backend)
-    files = locate_models(config.model)
-    check_swap(config.memory, files)
-    check_parts(config)
-    check_trackers(config.logging)
-    check_hub(config.saving)
-    prompts = wanted_prompts(config)
+    files, _ = check_early(config)
+    written = wanted_prompts(config)
     data = read_data(config, seed=seed, world_size=backend.world.size)
+    check_schedule(config, data.plan.total_steps)
     state = first_state(config, data.plan, saved, seed=seed, backend=backend)
     loader = ModelLoader(config, files)
-    prompts, doubtful = with_trigger(prompts, data, loader.any_tokenizers)
+    prompts, doubtful = with_trigger(written.prompts, data, loader.any_tokenizers)
     if backend.world.is_main:
         with quiet(logging.WARNING):  # all of it is said when the network is built to be trained
             expected = forecast(
                 config, files, data, prompts=prompts, caches=(), world_size=backend.world.size, first_step=state.step
             )  # fmt: skip
-        notices = (*data.notices, *doubtful, *advice(loaded, files, data, expected))
+        notices = (*written.notices, *data.notices, *doubtful, *advice(loaded, files, data, expected))
         if config.run.strict_config:
             refuse(notices)
         say(notices)

@@ -156,7 +156,7 @@ def test_only_what_changed_is_made_anew(folder):
     assert states(data) == [Entry.VALID, Entry.STALE, Entry.VALID]
     _, encode, work = cache_latents(data)
     assert encode.num_images == 1
-    assert "1 cache entries fit no longer" in work.notices[0]
+    assert "1 cached latents fit no longer" in work.notices[0]
     assert states(data) == [Entry.VALID] * 3
 
 
@@ -215,7 +215,7 @@ def test_kohyas_files_are_taken_as_they_are(folder):
         kohyas_file(record, placement.bucket)
     store, encode, work = cache_latents(data)
     assert encode.batches == []
-    assert work.notices == ("3 cache entries are another program's and are used, since their shapes fit",)
+    assert work.notices == ("3 cached latents are another program's and are used, since their shapes fit",)
     read = store.read(data.records[0], bucket=data.placements[0].bucket, flipped=False, mask=False)
     assert torch.equal(read.latents, torch.full((16, 8, 8), 0.5))
 

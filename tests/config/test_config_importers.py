@@ -186,11 +186,32 @@ def test_a_preset_of_the_gui_runs_under_the_names_of_options(tmp_path: Path) -> 
     assert loaded.config.network.network_args == ("algo=lokr", "preset=full", "conv_dim=10000", "factor=12")
     said = "\n".join(loaded.notices)
     assert "gui.json is read as a config of kohya_ss GUI" in said
-    assert "epoch -> max_train_epochs = 4" in said
+    assert "; epoch -> max_train_epochs; " in said
     assert "dropped multi_gpu, num_processes (it belongs to accelerate launch; give it there)" in said
     assert "max_grad_norm stays at 1.0" in said
     with pytest.raises(ConfigError, match="strict_config"):
         load_config([*words, "--strict_config"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("replicate.json", {"input_images": "IMAGES", "hf_token": "hf_abc", "wandb_api_key": "key_abc"}),
+        ("gui.json", {"LoRA_type": "Flux1", "flux1_checkbox": True, "huggingface_token": "hf_abc",
+                      "wandb_api_key": "key_abc", "network_module": "networks.lora_flux"}),
+    ],
+)  # fmt: skip
+def test_secrets_of_a_config_are_told_nowhere(name: str, content: dict[str, object], tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "data" / "1_x", [(64, 64)])
+    filled = {key: str(pictures) if value == "IMAGES" else value for key, value in content.items()}
+    path = written(tmp_path, filled, name)
+    words = ["--config_file", str(path), "--pretrained_model_name_or_path", TINY, "--log_with", "tensorboard"]
+    loaded = load_config([*words, "--logging_dir", str(tmp_path), "--output_dir", str(tmp_path),
+                          "--train_data_dir", str(pictures.parent)])  # fmt: skip
+    assert loaded.config.saving.huggingface_token == "hf_abc"
+    assert "abc" not in "\n".join(loaded.notices) + account(import_file(path)) + options_toml(
+        import_file(path), name
+    )
 
 
 def test_fields_of_the_gui_for_flux_lora(tmp_path: Path) -> None:
@@ -258,6 +279,15 @@ def test_keys_of_simpletuner(changes: dict[str, object], options: dict[str, obje
     assert {name: imported.options.get(name) for name in options} == options
 
 
+@pytest.mark.parametrize(("alignment", "step"), [(0, 64), (0.5, 16), ("32", 32)])
+def test_buckets_of_simpletuner_have_a_step(alignment: object, step: int, tmp_path: Path) -> None:
+    content = {"model_family": "flux", "model_type": "lora", "aspect_bucket_alignment": alignment,
+               "data_backend_config": str(SAMPLES / "backends.json")}  # fmt: skip
+    imported = import_file(written(tmp_path, content))
+    assert imported.dataset is not None
+    assert {table.get("bucket_reso_steps", step) for table in imported.dataset["datasets"]} == {step}
+
+
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
@@ -313,6 +343,7 @@ def test_uploads_and_trackers_count_as_far_as_this_version_has_them(tmp_path: Pa
         ({"config": {"process": [{"type": "sd_trainer", "model": {"is_xl": True}}]}}, "than FLUX.1 .is_xl"),
         ({"config": {"process": [{"type": "sd_trainer", "model": {"arch": "wan21"}}]}}, "arch wan21"),
         ({"config": {"process": [{"type": "extract"}]}}, "which trains no LoRA"),
+        ({"config": {"process": []}}, "config.process is empty"),
         ({"config": {"process": [{"model": {"is_flux": True}, "datasets": [{}]}]}}, "no folder_path"),
         ({"config": {"process": [{"model": {"is_flux": True}, "train": 3, "datasets": [7]}]}}, "entry 1 is not"),
         ({"model_family": "sdxl", "model_type": "lora"}, "trains LoRAs of FLUX.1"),

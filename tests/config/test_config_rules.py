@@ -54,6 +54,14 @@ def test_a_complete_config_has_nothing_to_say():
             "clip_l and t5xxl missing: the file flux1-dev.safetensors holds the transformer only",
         ),
         ({"output_dir": None}, "output_dir is missing"),
+        (
+            {"output_dir": f"{__file__}/out"},
+            "test_config_rules.py is a file, not a folder; name another folder",
+        ),
+        (
+            {"log_with": "tensorboard", "logging_dir": __file__},
+            "test_config_rules.py is a file, not a folder; name another folder",
+        ),
         ({"log_with": "tensorboard"}, "needs logging_dir"),
         ({"log_with": "all"}, "needs logging_dir"),
         ({"log_with": "wandb", "log_tracker_config": "none.toml"}, "none.toml does not exist"),
@@ -76,7 +84,10 @@ def test_a_complete_config_has_nothing_to_say():
         ({"full_bf16": ""}, "needs mixed_precision bf16, not no"),
         ({"full_fp16": "", "mixed_precision": "bf16"}, "needs mixed_precision fp16, not bf16"),
         ({"full_fp16": "", "mixed_precision": "fp16"}, "use AdamW8bit, Adafactor or Lion"),
-        ({"fp8_base": ""}, "set mixed_precision to bf16"),
+        (
+            {"fp8_base": ""},
+            "--fp8_base (command line) needs mixed_precision bf16 or fp16: set mixed_precision to",
+        ),
         ({"base_compute": "fp8"}, "--base_compute 'fp8' (command line) needs mixed_precision bf16 or fp16"),
         (
             {"base_compute": "int8", "mixed_precision": "bf16", "network_args": "ggpo_sigma=0.1"},
@@ -260,3 +271,10 @@ def test_secrets_are_never_shown(tmp_path):
         OPTIONS["huggingface_token"].read(["hf_FIRST"], "c.toml line 2")
     said += str(caught.value)
     assert not [secret for secret in ("hf_FIRST", "hf_SECOND", "KEY_ONE", "KEY_TWO") if secret in said]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_hours_of_training(tmp_path, monkeypatch):
+    # A test may run as root, whom nothing is refused.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ConfigError, match=f"nothing can be written into {tmp_path}; name another folder"):
+        load_config(words(output_dir=f"{tmp_path}/new/out"))

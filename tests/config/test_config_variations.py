@@ -179,6 +179,7 @@ MEANT = [
         {"train_data_dir": Path(r"C:\train\new"), "output_dir": Path("D:/out put/é#1")},
         [],
     ),
+    ("logging_dir = '\"my logs/a\"'\n", {"logging_dir": Path("my logs/a")}, []),
     ('logging_dir = "C:\\\\logs"\n', {"logging_dir": Path(r"C:\logs")}, []),
     ("dynamo_backend = 'no'\n", {"torch_compile": False, "dynamo_backend": "inductor"}, []),
     (
@@ -363,6 +364,10 @@ def test_the_config_file_is_found_by_its_name_with_and_without_ending(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_config(["--config_file", str(tmp_path / name)])
         assert str(caught.value) == f"{tmp_path / name}.toml: there is no such file{hint}"
+    (tmp_path / "my.config.v2.toml").rename(tmp_path / "TRAIN.TOML")
+    assert load_config(["--config_file", str(tmp_path / "TRAIN.TOML")]).config.training.seed == 3
+    with pytest.raises(ConfigError, match="is a folder: name the file in it"):
+        load_config(["--config_file", str(tmp_path)])
 
 
 TABLES = "[[datasets]]\nresolution = '1024,768'\n[[datasets.subsets]]\nimage_dir = 'IMAGES'\n"

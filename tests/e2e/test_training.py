@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -172,6 +173,45 @@ def test_what_cannot_be_used_is_one_sentence(
     assert said in line
     assert "to encode" not in printed, "said before anything large is read"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_that_cannot_work_is_refused_before_a_model_is_read(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(tmp_path / "c.toml", pictures, tmp_path / "out", lr_scheduler="cosine_with_min_lr")
+    for arguments in ([], ["--dry_run"]):
+        assert main(["--config_file", str(config), *arguments]) == 2
+        printed = capsys.readouterr().err
+        assert printed.endswith("error: lr_scheduler = cosine_with_min_lr needs lr_scheduler_min_lr_ratio\n")
+        assert "to encode" not in printed
+    config = write_config(
+        tmp_path / "c.toml", pictures, tmp_path / "out", lr_scheduler="cosine", lr_warmup_steps=500
+    )
+    assert main(["--config_file", str(config), "--dry_run"]) == 0
+    assert (
+        "lr_warmup_steps (500) and lr_decay_steps (0) are more than the 12 steps" in capsys.readouterr().out
+    )
+
+
+def test_a_disk_that_takes_no_more_is_said_in_a_sentence(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(
+        tmp_path / "c.toml", pictures, tmp_path / "out", max_train_epochs=None, max_train_steps=1
+    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a full disk, less than the network
+    try:
+        assert main(["--config_file", str(config)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    written = tmp_path / "out" / "out.safetensors"
+    assert printed.splitlines()[-1] == (
+        f"error: {written} cannot be read or written (File too large); what was saved before is whole"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_corrupt_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

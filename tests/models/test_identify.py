@@ -193,7 +193,7 @@ def test_missing_files_suggest_a_sibling(tmp_path):
     with pytest.raises(CheckpointError, match=r"folder .* does not exist either"):
         locate(str(tmp_path / "nowhere" / "x.safetensors"), "ae", "ae")
     with pytest.raises(CheckpointError, match=r"black-forest-labs/FLUX.*download the model first"):
-        locate("black-forest-labs/FLUX-dev", "flux", "pretrained_model_name_or_path")
+        locate("black-forest-labs/FLUX.1-dev", "flux", "pretrained_model_name_or_path")
     assert locate(str(tmp_path), "flux", "x") == tmp_path
 
 
@@ -204,3 +204,15 @@ def test_folders_without_one_model(tmp_path):
     save_file(tmp_path / "b.safetensors", {"a": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"several \.safetensors files"):
         inspect(tmp_path)
+
+
+def test_a_repository_in_the_cache_of_hugging_face_is_used_from_there(tmp_path, monkeypatch):
+    repository = tmp_path / "models--me--FLUX.1-mine"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert locate("me/FLUX.1-mine", "flux", "pretrained_model_name_or_path") == snapshot
+    with pytest.raises(CheckpointError, match="nor in the cache of Hugging Face; download the model first"):
+        locate("me/FLUX.1-other", "flux", "pretrained_model_name_or_path")

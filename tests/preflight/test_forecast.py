@@ -69,6 +69,9 @@ def test_a_run_does_what_its_dry_run_said(tmp_path: Path, capsys: pytest.Capture
         assert written == pytest.approx(sum(map(size_of, files)), rel=0.25, abs=4000 * len(files))
     after = dry_run(config)
     assert [cache["to_encode"] for cache in after["caches"]] == [0, 0]
+    reworded = [notice["text"] for notice in dry_run(config, "--caption_prefix", "new")["notices"]]
+    assert any("cached text encoder outputs fit no longer" in text for text in reworded)
+    assert not any("cached latents" in text for text in reworded)
     assert f"holds {len(there)} files that the run will replace" in advice(after)["files-replaced"]
     assert "state-newer" not in advice(after), "the newest state is of the whole run"
     done, more = before["plan"]["total_steps"], before["plan"]["steps_per_epoch"] * 5

@@ -57,7 +57,7 @@ def test_a_sound_run_and_the_quickstart_get_no_advice(tmp_path: Path, pictures: 
             "images-enlarged",
             "of 4 images are enlarged more than",
         ),
-        ({"train_batch_size": 8}, "buckets-small", "buckets hold fewer samples than train_batch_size"),
+        ({"train_batch_size": 8}, "buckets-small", "do not fill one batch of train_batch_size"),
         ({"t5xxl_max_token_length": 8}, "captions-cut", "4 captions have more than 8 T5 tokens"),
         (
             {"caption_prefix": "x " * 300, "t5xxl_max_token_length": 512},
@@ -74,6 +74,7 @@ def test_a_sound_run_and_the_quickstart_get_no_advice(tmp_path: Path, pictures: 
             "the run has only 20 epochs, so it never comes round",
         ),
         ({"validation_split": 0.25, "max_train_epochs": 27}, "validation-small", "holds back one image"),
+        ({"validation_split": 0.2}, "validation-empty", "nothing is validated"),
         (
             {"validation_split": 0.5, "max_train_epochs": 27, "validate_every_n_steps": 999},
             "validation-never",
@@ -108,7 +109,7 @@ def test_advice_on_captions_and_copies(tmp_path: Path):
     config = write_config(tmp_path / "c.toml", tmp_path / "data", tmp_path / "out", **SOUND)
     given = advice(dry_run(config))
     assert given["images-identical"].startswith(
-        "[images-identical] 1 images are there more than once (copy.png = pict"
+        "[images-identical] 1 image is there more than once (2_waves/copy.png = 2_waves/pict"
     )
     # The folder's own words would be the caption without files, so "waves" says nothing more.
     assert "captions-identical" not in given
@@ -116,7 +117,7 @@ def test_advice_on_captions_and_copies(tmp_path: Path):
         path.write_text("a wave", encoding="utf-8")
     assert 'all 5 images have the caption "a wave"' in advice(dry_run(config))["captions-identical"]
     (folder / "picture0.txt").write_text("\na caption too low\n", encoding="utf-8")
-    assert "1 images train without words (picture0.png)" in advice(dry_run(config))["captions-empty"]
+    assert "1 image trains without words (picture0.png)" in advice(dry_run(config))["captions-empty"]
 
 
 def test_strict_config_lets_nothing_pass_before_a_model_is_loaded(
@@ -133,6 +134,16 @@ def test_strict_config_lets_nothing_pass_before_a_model_is_loaded(
         main(["--config_file", str(config), "--strict_config", "--ignore_advice", "steps-few", "--dry_run"])
         == 0
     )
+
+
+def test_what_is_odd_about_prompts_is_part_of_the_report(tmp_path: Path, pictures: Path):
+    config = write_config(
+        tmp_path / "c.toml", pictures, tmp_path / "out", **SOUND, sample_every_n_steps=4,
+        sample_prompts="a wave --w 64 --h 64 --cfg 4",
+    )  # fmt: skip
+    (notice,) = dry_run(config)["notices"]
+    assert '"--cfg 4" is not a known flag and is ignored; did you mean --l' in notice["text"]
+    assert main(["--config_file", str(config), "--dry_run", "--strict_config"]) == 2
 
 
 def test_schnell_is_named(tmp_path: Path, pictures: Path):

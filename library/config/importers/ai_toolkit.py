@@ -12,6 +12,7 @@ from typing import Any
 from library.config.importers import common
 from library.config.importers.ai_toolkit_keys import JOB, PROCESS, SETS
 from library.config.importers.rules import (
+    READ,
     Draft,
     Imported,
     dataset_values,
@@ -48,7 +49,9 @@ def recognises(content: object) -> bool:
 def convert(content: Mapping[str, Any]) -> Imported:
     """A job as options and dataset tables. Raises ConfigError if it trains something else than FLUX.1."""
     config = content["config"]
-    process = next((one for one in config["process"] if isinstance(one, dict)), {})
+    process = next((one for one in config["process"] if isinstance(one, dict)), None)
+    if process is None:
+        raise ConfigError("an ai-toolkit job whose config.process is empty: nothing says what to train")
     name = str(config.get("name") or "lora")
     draft = Draft(KIND)
     flat = _flat({key: value for key, value in process.items() if key != "datasets"})
@@ -58,15 +61,18 @@ def convert(content: Mapping[str, Any]) -> Imported:
     draft.set("output_dir", f"{folder}/{name}", key="training_folder")
     for key in ("job", "meta"):
         if key in content:
-            rule = JOB[key]
-            (draft.drop if rule.is_dropped else draft.use)(key, content[key], rule.note)
-    translate(draft, PROCESS, {key: value for key, value in flat.items() if key not in ("training_folder",)})
+            if JOB[key].is_dropped:
+                draft.drop(key, content[key], JOB[key].note)
+            else:
+                draft.use(key, content[key], READ)
+    translate(draft, PROCESS, {key: value for key, value in flat.items() if key != "training_folder"})
     _network(draft, flat)
     _precision_and_text(draft, flat)
     _timesteps(draft, flat)
     _saving(draft, flat)
     _samples(draft, flat)
-    _datasets(draft, process.get("datasets") or [], flat)
+    datasets = process.get("datasets") or []
+    _datasets(draft, datasets if isinstance(datasets, list) else [datasets], flat)
     _own_defaults(draft)
     return draft.finish()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from library.config.kinds import to_float
 from library.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ def truth(value: object) -> bool:
 
 
 def number(value: object, key: str) -> float:
-    """A number, also written as text. Raises ConfigError naming the key."""
+    """A finite number, also written as text. Raises ConfigError naming the key."""
     try:
-        return float(str(value))
-    except ValueError:
-        raise ConfigError(f"{key} = {value!r} is not a number") from None
+        return to_float(str(value))
+    except ValueError as error:
+        raise ConfigError(f"{key} = {value!r} {error}") from None
 
 
 def text_lines(value: object) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from library.config import cli
 from library.config.importers.rules import (
     ARGUMENT,
+    READ,
     Draft,
     Imported,
     Rule,
@@ -170,7 +171,7 @@ def convert(content: Mapping[str, Any]) -> Imported:
     """A preset as options. Raises ConfigError for a preset of another model family or an unknown LoRA type."""
     _must_be_flux(content)
     draft = Draft(KIND)
-    draft.use("flux1_checkbox", True, "a preset for FLUX.1")
+    draft.use("flux1_checkbox", True, READ)
     own = {"flux1_checkbox"}
     passed = {}
     for key, value in content.items():

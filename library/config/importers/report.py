@@ -84,13 +84,20 @@ def account(imported: Imported) -> str:
 
 
 def remarks(imported: Imported, name: str) -> list[str]:
-    """What a run says of an imported config: what was renamed or assumed, and what was dropped, by reason."""
-    renamed = [f"{note.key} -> {note.to}" for note in imported.notes if _is_renamed(note)]
+    """What a run says of an imported config: what was renamed, and what was dropped, by reason.
+
+    Values are left out: they may be secrets, and the dry run lists them beside their keys.
+    """
+    targets: dict[str, list[str]] = {}
+    for note in imported.notes:
+        if _is_renamed(note):
+            targets.setdefault(note.to.partition(" = ")[0], []).append(note.key)
+    renamed = [f"{', '.join(dict.fromkeys(keys))} -> {target}" for target, keys in targets.items()]
     reasons: dict[str, list[str]] = {}
     for note in imported.notes:
         if not note.to and not note.is_off:
             reasons.setdefault(note.text, []).append(note.key)
-    list_of_keys = ": " + "; ".join(dict.fromkeys(renamed)) if renamed else ""
+    list_of_keys = ": " + "; ".join(renamed) if renamed else ""
     said = [f"{name} is read as a config of {imported.kind}{list_of_keys}"]
     said += [f"{name}: {note.key}: {note.text}" for note in imported.notes if note.to and _differs(note)]
     return said + [f"{name}: dropped {', '.join(keys)} ({reason})" for reason, keys in reasons.items()]

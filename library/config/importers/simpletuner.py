@@ -298,6 +298,8 @@ def _datasets(draft: Draft, given: Mapping[str, Any], read: Reader) -> None:
     backends = read(str(file))
     if not isinstance(backends, list):
         raise ConfigError(f"data_backend_config {file}: the content is not a list of datasets")
+    alignment = given.get("aspect_bucket_alignment") or 64
+    step = max(16, int(common.number(alignment, "aspect_bucket_alignment")) // 16 * 16)  # FLUX takes no less
     images = []
     for position, backend in enumerate(backends, 1):
         name = str(backend.get("id", position))
@@ -315,7 +317,7 @@ def _datasets(draft: Draft, given: Mapping[str, Any], read: Reader) -> None:
     for name, backend in sorted(
         images, key=lambda one: common.truth(one[1].get("is_regularisation_data", False))
     ):
-        _dataset(draft, name, backend, step=int(given.get("aspect_bucket_alignment") or 64))
+        _dataset(draft, name, backend, step=step)
 
 
 def _inherited(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,3 +36,11 @@ class NetworkConfig:
     )
     network_train_unet_only: bool = option(False, "train the transformer's adapter only, no text encoder")
     network_train_text_encoder_only: bool = option(False, "train the text encoders' adapter only")
+
+    @property
+    def wants_t5(self) -> bool:
+        """Whether network_args ask for T5 to be trained beside CLIP-L."""
+        pairs = (argument.partition("=") for argument in self.network_args)
+        return any(
+            key.strip() == "train_t5xxl" and value.strip().lower() == "true" for key, _, value in pairs
+        )
