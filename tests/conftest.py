@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,18 @@ os.environ.setdefault("POLYRANK_CACHE", str(Path(tempfile.gettempdir()) / f"poly
 def repository() -> Path:
     """The folder of the project."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """A run in this process sets up the loggers for itself; the next test finds them as they were."""
+    loggers = [logging.getLogger(name) for name in ("library", "networks")]
+    before = [(one, list(one.handlers), one.level, one.propagate) for one in loggers]
+    yield
+    for one, handlers, level, propagate in before:
+        one.handlers[:] = handlers
+        one.setLevel(level)
+        one.propagate = propagate
 
 
 class Messages(logging.Handler):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -191,27 +190,6 @@ def test_a_schedule_that_cannot_work_is_refused_before_a_model_is_read(
     assert (
         "lr_warmup_steps (500) and lr_decay_steps (0) are more than the 12 steps" in capsys.readouterr().out
     )
-
-
-def test_a_disk_that_takes_no_more_is_said_in_a_sentence(
-    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
-):
-    config = write_config(
-        tmp_path / "c.toml", pictures, tmp_path / "out", max_train_epochs=None, max_train_steps=1
-    )
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a full disk, less than the network
-    try:
-        assert main(["--config_file", str(config)]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    written = tmp_path / "out" / "out.safetensors"
-    assert printed.splitlines()[-1] == (
-        f"error: {written} cannot be read or written (File too large); what was saved before is whole"
-    )
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_corrupt_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
