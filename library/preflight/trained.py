@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.config.train_config import TrainConfig
 from library.errors import UserError
@@ -22,6 +23,7 @@ from library.optim import factory
 from library.preflight.facts import GroupFacts, TrainedFacts
 from library.train.prepare import ModelFiles, trains_text
 from library.train.saving import SAVE_DTYPES
+from networks import lycoris_fit
 from networks.interface import NetworkHandle, ParameterGroup, create
 
 # Beginnings of module names in a network, by the model they belong to: Kohya's names and LyCORIS's.
@@ -30,11 +32,8 @@ _USUAL_STATE = 8  # bytes a parameter: two float32 moments
 
 
 def measure(config: TrainConfig, files: ModelFiles) -> TrainedFacts:
-    """Build the network over models without memory and count. No model file is read beyond its header.
-
-    Fake tensors rather than the meta device: LyCORIS copies base weights while it makes DoRA and algo=full.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    """Build the network over models without memory and count. No model file is read beyond its header."""
+    with _without_memory(config.network.network_module or ""):
         transformer = Flux(cast(FluxParams, files.parts["flux"].params())).requires_grad_(False)
         encoders: list[nn.Module] = []
         if trains_text(config):
@@ -69,6 +68,19 @@ def measure(config: TrainConfig, files: ModelFiles) -> TrainedFacts:
         # torch takes a second to make its first optimizer, so only where it matters.
         state_bytes=numbers * kept.itemsize + optimizer_bytes(config, groups, kept) if writes_states else 0,
     )
+
+
+def _without_memory(network_module: str) -> AbstractContextManager[object]:
+    """Where tensors made have no numbers.
+
+    Fake tensors where the meta device will not do: LyCORIS copies base weights while it makes DoRA and algo=full. They
+    take torch a second to import, which other networks need not wait for.
+    """
+    if not network_module.startswith(lycoris_fit.PACKAGE):
+        return torch.device("meta")
+    fake = importlib.import_module("torch._subclasses.fake_tensor")
+    mode: AbstractContextManager[object] = fake.FakeTensorMode(allow_non_fake_inputs=True)
+    return mode
 
 
 def optimizer_bytes(config: TrainConfig, groups: Sequence[ParameterGroup], dtype: torch.dtype) -> int:
