@@ -326,10 +326,11 @@ def test_uploads_and_trackers_count_as_far_as_this_version_has_them(tmp_path: Pa
         "hf_repo_id": "me/it",
     }
     imported = import_file(written(tmp_path, inputs))
-    for name, value in (("log_with", "wandb"), ("huggingface_repo_id", "me/it")):
-        effect = OPTIONS[name].row.effect
-        is_refused = effect.state == "refused" or value in effect.refused_values
-        assert imported.options.get(name) == (None if is_refused else value)
+    # A preset runs on a machine without wandb too; a config that says wandb itself is refused there.
+    tracker = "wandb" if importlib.util.find_spec("wandb") else "tensorboard"
+    assert imported.options["log_with"] == tracker
+    assert ("pip install wandb" in account(imported)) == (tracker == "tensorboard")
+    assert imported.options["huggingface_repo_id"] == "me/it"
     assert str(imported.options["sample_prompts"]).count("\n") == 1
     assert "secret" not in account(imported)
     assert "secret" not in options_toml(imported, "config.json")

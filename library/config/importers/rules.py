@@ -6,6 +6,7 @@ keys by the source's own function, or drops the key and says why. Every key of a
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,8 @@ class Draft:
 
     def set(self, name: str, value: object, *, key: str, note: str = "") -> None:
         """Give an option the value of `key`. What this version refuses is dropped with its reason."""
+        if name == "log_with" and value in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+            value, note = "tensorboard", "the package wandb is not installed: pip install wandb"
         reason = _refusal(name, value)
         if reason:
             self.drop(key, value, reason)
