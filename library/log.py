@@ -64,6 +64,8 @@ def setup_logging(
         written = logging.FileHandler(file, mode="w", encoding="utf-8")
         written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(written)
+    # On every machine without a GPU it says that a kernel of a package nobody asked for is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     once = OnceFilter()
     for name in (ROOT, "networks"):
         logger = logging.getLogger(name)
