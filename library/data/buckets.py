@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 from library.config.dataset_settings import DatasetSettings
 from library.errors import ConfigError, DatasetError
@@ -24,8 +25,7 @@ Size = tuple[int, int]
 PATCH = 16  # pixels of one transformer token: an 8-fold autoencoder and 2 x 2 patches
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where an image goes: scaled to `resized`, which covers `bucket`, then cropped to it."""
 
     bucket: Size

@@ -21,6 +21,7 @@ from library.data.scan import Listing, in_threads
 FALLBACK_EXTENSION = ".txt"
 NO_FILES = ".none"  # caption_extension = "none": captions are the class tokens, whatever files there are
 _ONE_READ = 1 << 16  # bytes
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,8 @@ def _read_all(
     listing: Listing, names: Sequence[str], problems: Problems, *, every_line: bool
 ) -> dict[str, str | None]:
     """Captions by file name, None where something is wrong with the file."""
-    place = os.fspath(listing.folder)
-    read = in_threads(lambda name: _read(os.path.join(place, name), every_line=every_line), names)
+    place = os.path.join(listing.folder, "")
+    read = in_threads(lambda name: _read(place + name, every_line=every_line), names)
     for name, (_, problem) in zip(names, read, strict=True):
         if problem:
             problems.add(listing.folder / name, problem)
@@ -111,7 +112,7 @@ def _read(path: str, *, every_line: bool) -> tuple[str, str]:
 
 def _content(path: str) -> bytes:
     """All of a file. Nearly every caption fits into one read, which takes half the time of `open`."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, _READ)
     try:
         data = os.read(descriptor, _ONE_READ)
         while len(data) >= _ONE_READ and (more := os.read(descriptor, _ONE_READ)):

@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ def discover(datasets: Sequence[DatasetSettings], *, seed: int) -> Discovered:
             if skipped:
                 notices.append(_skipped_notice(skipped, len(made), dataset, subset))
             of_dataset += kept
-            validation += [replace(record, num_repeats=1) for record in held]
+            validation += [record._replace(num_repeats=1) for record in held]
             reports.append(_report(found, kept, held, index, number, subset))
         records += balance_regularisation(of_dataset, notices)
     problems.check()
@@ -306,7 +306,7 @@ def balance_regularisation(records: list[ImageRecord], notices: list[str]) -> li
             f"{unused} of {len(regularisation)} regularisation images are more than the training needs"
         )
     used = [
-        replace(record, num_repeats=count)
+        record._replace(num_repeats=count)
         for record, count in zip(regularisation, repeats, strict=True)
         if count > 0
     ]
@@ -359,6 +359,6 @@ def _with_unique_names(
         if count == 1 and owner:
             return record
         key = record.key if count == 1 else f"{record.key}#{count}"
-        return replace(record, key=key, cache_name="" if owner else record.path.name)
+        return record._replace(key=key, cache_name="" if owner else record.path.name)
 
     return [renamed(record) for record in training], [renamed(record) for record in validation]

@@ -89,10 +89,10 @@ def scan(
     folder: Path, names: Sequence[str], known: Mapping[str, Noted], problems: Problems
 ) -> dict[str, Noted]:
     """Look at each image; `known` ones whose stamp is still right are not opened. Unreadable ones are absent."""
-    place = os.fspath(folder)
+    place = os.path.join(folder, "")  # joined once: a hundred thousand joins take a quarter of a second
 
     def look(name: str) -> Noted | str:
-        path = os.path.join(place, name)
+        path = place + name
         try:
             status = os.stat(path)
             stamp = (status.st_size, status.st_mtime_ns)

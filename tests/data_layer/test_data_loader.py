@@ -139,7 +139,7 @@ def test_flip_is_the_mirror_image_of_the_same_crop(tmp_path):
 
 def test_regularisation_images_weigh_the_prior_loss(tmp_path):
     data = make(tmp_path, dataset={"prior_loss_weight": 0.25})
-    reg = replace(data, records=tuple(replace(record, is_reg=True) for record in data.records))
+    reg = replace(data, records=tuple(record._replace(is_reg=True) for record in data.records))
     assert single(reg, 0).loss_weights.tolist() == [0.25]
 
 
