@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.errors import NetworkPluginError
 from library.files.atomic import replacing
@@ -266,13 +266,13 @@ class NetworkHandle:
             if name in self._methods:
                 self._methods[name]()
 
-    def norms(self) -> dict[str, float]:
-        """Norms that the network reports, by Kohya's tags; empty when it has none to report."""
+    def norms(self) -> dict[str, Tensor]:
+        """Norms [], left on the device, that the network reports by Kohya's tags; empty when it has none."""
         report = {}
         for name, tag in _NORM_TAGS.items():
             norms = self._methods[name]() if name in self._methods else None
             if norms is not None:
-                report[tag] = float(norms.mean())
+                report[tag] = norms.mean()
         return report
 
     @property

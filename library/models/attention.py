@@ -5,15 +5,18 @@ brought the process down, on some cards in some versions. So each is tried befor
 gradients of an attention of FLUX's length against the plain formula in float32, with and without a key mask,
 and inside a compiled function where the run compiles. The trial is a process of its own (a kernel that reads
 where it must not takes its process along), and its verdict is kept in the user's cache folder for this GPU,
-driver of kernels and torch, so only the first run waits for it.
+driver of kernels and torch, so only the first run waits for it. A trial that fails for a reason that is not the
+kernel's (no memory left beside the model, a signal) judges nothing, and nothing of it is kept.
 
 The choice holds for the whole process. Kernels that failed are switched off in it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +45,10 @@ TRIED = ("cudnn", "flash", "efficient")  # math is what they are held against, a
 MASKED = frozenset({"cudnn", "efficient"})  # kernels that take a mask; for others torch takes the next one
 LENGTH, HEAD, HEADS = 4608, 128, 24  # of FLUX at 1024 x 1024; few heads are compared, all are timed
 TRIAL_SECONDS = 300
+NO_MEMORY = 3  # exit code of a trial process
+_SIGNALLED = {
+    -getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL") if hasattr(signal, name)
+}
 # Of the largest number; two roundings of a 16-bit dtype, where the wrong kernels seen were wrong by all of it.
 _TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005, torch.float32: 1e-3}
 
@@ -60,14 +67,28 @@ class Verdict:
         return min(right, key=lambda name: right[name]) if right else "math"
 
 
+class TrialDisturbed(Exception):
+    """What ended a trial says nothing about a kernel."""
+
+
 def settle(wanted: str, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
     """Choose among the kernels (`wanted` is one of them or "auto"), put the choice in effect, return it.
+
+    "auto" comes back where a trial was disturbed and torch chooses.
 
     Raises EnvironmentUnsupported when the kernel asked for fails on this card.
     """
     if device.type != "cuda":
         return "math" if wanted == "auto" else wanted  # torch's own choice: there is nothing to choose from
-    verdict = kept_verdict(device, dtype, compiled=compiled)
+    try:
+        verdict = kept_verdict(device, dtype, compiled=compiled)
+    except TrialDisturbed as error:
+        logger.warning(
+            "attention: the kernels could not be tried (%s), so torch chooses; the next run tries", error
+        )
+        if wanted == "auto":
+            return wanted
+        verdict = Verdict(dict.fromkeys(TRIED, 0.0), {})
     if verdict.seconds.get(wanted, 0.0) is None:
         raise EnvironmentUnsupported(
             f"attention = {wanted} does not work on {torch.cuda.get_device_name(device)} with torch "
@@ -134,7 +155,10 @@ def trial(
     kernels: Sequence[str] = TRIED,
     command: Sequence[str] = (sys.executable, "-m", "library.models.attention"),
 ) -> Verdict:
-    """Try kernels in a process that may crash or hang; what comes after one that did gets a fresh process."""
+    """Try kernels in a process that may crash or hang; what comes after one that did gets a fresh process.
+
+    Raises TrialDisturbed where the process had no memory, or was told or made to end.
+    """
     seconds: dict[str, float | None] = {}
     faults: dict[str, str] = {}
     setting = (str(device), str(dtype).removeprefix("torch."), "compiled" if compiled else "eager")
@@ -151,7 +175,7 @@ def trial(
 
 
 def _run(command: Sequence[str]) -> tuple[str, str]:
-    """What a command printed, and what ended it."""
+    """What a command printed, and what ended it. Raises TrialDisturbed."""
     root = Path(__file__).resolve().parents[2]
     try:
         ended = subprocess.run(
@@ -160,18 +184,21 @@ def _run(command: Sequence[str]) -> tuple[str, str]:
     except subprocess.TimeoutExpired as expired:
         said = expired.stdout or b""
         return said.decode() if isinstance(said, bytes) else said, f"no answer in {TRIAL_SECONDS} s"
-    lines = ended.stderr.strip().splitlines()
+    code, lines = ended.returncode, ended.stderr.strip().splitlines()
+    last = lines[-1][:200] if lines else ""
+    if code == NO_MEMORY or code in _SIGNALLED:
+        raise TrialDisturbed(last if code == NO_MEMORY else f"signal {-code} ended the trial")
     # Of a crash the last line of stderr tells nothing.
-    complained = ended.returncode == 1 and lines
-    return ended.stdout, lines[-1][
-        :200
-    ] if complained else f"it ended its process with code {ended.returncode}"
+    return ended.stdout, last if code == 1 and last else f"it ended its process with code {code}"
 
 
 def check(
     name: str, device: torch.device, dtype: torch.dtype, *, compiled: bool, length: int | None = None
 ) -> None:
-    """Hold one kernel against the plain formula. Raises RuntimeError where it is wrong or cannot be used."""
+    """Hold one kernel against the plain formula. Raises RuntimeError where it is wrong or cannot be used.
+
+    Where nothing can be compiled (no triton, no C compiler) it is held uncompiled, as blocks run then.
+    """
     length, function = length or LENGTH, _attend
     if compiled:
         function = torch.compile(_attend, dynamic=False)
@@ -183,13 +210,24 @@ def check(
     for masked in masks:
         inputs = _inputs(device, dtype, heads=2, length=length)
         with sdpa_kernel(BACKENDS[name]):
-            results = _differentiate(function, inputs, masked)
+            try:
+                results = _differentiate(function, inputs, masked)
+            except RuntimeError as error:
+                if function is _attend or not _compiler_failed(error):
+                    raise
+                function = _attend
+                results = _differentiate(function, inputs, masked)
         wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
         expected = _differentiate(_formula, wide, masked)
         for what, got, wanted in zip(("output", "dq", "dk", "dv"), results, expected, strict=True):
             distance = float(((got.float() - wanted).abs().max() / wanted.abs().max()).detach())
             if not distance < _TOLERANCE[dtype]:
                 raise RuntimeError(f"{what} is off by {distance:.2g} of the largest value")
+
+
+def _compiler_failed(error: Exception) -> bool:
+    dynamo = importlib.import_module("torch._dynamo")  # there by now: something was compiled
+    return isinstance(error, dynamo.exc.TorchDynamoException)
 
 
 def time_kernel(name: str, device: torch.device, dtype: torch.dtype) -> float:
@@ -242,7 +280,10 @@ def _wait(device: torch.device) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Try kernels one after another: name and seconds of each on stdout, until one is wrong (stderr, code 1)."""
+    """Try kernels one after another: name and seconds of each on stdout, until one is wrong (stderr, code 1).
+
+    Code 3: there was no memory for it.
+    """
     device, dtype = torch.device(argv[0]), getattr(torch, argv[1])
     for name in argv[3:]:
         try:
@@ -251,7 +292,9 @@ def main(argv: Sequence[str]) -> int:
         except (RuntimeError, ValueError) as error:
             # Whatever comes after an error of the GPU fails as well: the rest is for another process.
             sys.stderr.write(" ".join(str(error).split())[:200] + "\n")
-            return 1
+            return (
+                NO_MEMORY if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) else 1
+            )
         sys.stdout.write(f"{name} {taken}\n")
         sys.stdout.flush()
     return 0

@@ -14,7 +14,9 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,6 +40,8 @@ class CompiledBlocks:
     def __init__(self, blocks: Sequence[nn.Module], *, backend: str, shapes: int) -> None:
         """`shapes` is how many sizes of token streams the run will see."""
         self._failures = _configure()
+        if backend == "inductor" and importlib.util.find_spec("triton") is not None:
+            start_workers()
         self.dynamic = shapes > STATIC_SHAPES
         self._compiled: dict[nn.Module, Callable[..., Any]] = {
             block: torch.compile(block, backend=backend, dynamic=None if self.dynamic else False)
@@ -88,6 +92,30 @@ def pays(*, steps: int, device: torch.device) -> bool:
     return (
         device.type == "cuda" and steps >= WORTHWHILE_STEPS and importlib.util.find_spec("triton") is not None
     )
+
+
+def start_workers() -> None:
+    """Start the processes in which kernels are compiled, deaf to what asks a run to stop.
+
+    A signal often goes to all processes of a run. Were it to end these, the run would wait for their answer for
+    ever, and never come to the end of its step. They end with the run.
+    """
+    compiling: Any = importlib.import_module("torch._inductor.async_compile")
+    with _deaf_children():
+        compiling.AsyncCompile.warm_pool()
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes begun meanwhile, and theirs, get no stop signal; to this one it comes when the block is over."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where no signal goes to a group
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _configure() -> type[Exception]:

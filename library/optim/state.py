@@ -22,6 +22,9 @@ from library.errors import CheckpointError
 # not.
 _TENSOR, _TUPLE, _PAIRS = "tensor", "tuple", "pairs"
 
+# How torch's optimizers compute, not what: the present process's choice, whatever machine the state is from.
+_KERNELS = ("fused", "foreach")
+
 
 class ExportedState(NamedTuple):
     """Tensors on the CPU, sharing no memory, by name; and the rest as JSON values that refer to them."""
@@ -89,7 +92,9 @@ def import_groups(
     parameters = cast("dict[str, object]", exported.values["parameters"])
     _require_same("parameters", saved=set(parameters), present=set(names.values()), all_saved=False)
     for group in optimizer.param_groups:
-        group.update(cast("dict[str, object]", from_plain(groups[group["name"]], exported.tensors)))
+        kernels = {key: group[key] for key in _KERNELS if key in group}
+        saved = cast("dict[str, object]", from_plain(groups[group["name"]], exported.tensors))
+        group.update({**saved, **kernels})
     return {
         parameter: cast("dict[str, object]", from_plain(parameters[name], exported.tensors))
         for parameter, name in names.items()

@@ -40,7 +40,7 @@ def build_listeners(
         validator = _validator(job, trained, adapter, objective)
         listeners.append(ValidationListener(validator, config.validation, trained.optimizer))
     if job.backend.world.is_main and wanted(config.logging):
-        metrics = _metrics(job, trained)
+        metrics = _metrics(job)
         listeners.append(metrics)
     listeners.append(SavingListener(saver, config.saving, num_epochs=plan.num_epochs))
     if job.prompts:
@@ -56,13 +56,13 @@ def build_listeners(
             metrics.close(failed=failed)
 
 
-def _metrics(job: Job, trained: Trained) -> MetricsListener:
+def _metrics(job: Job) -> MetricsListener:
     config = job.config
     trackers = start_trackers(config.logging, secrets=secret_values(config))
     if config.logging.log_config:
         for tracker in trackers:
             tracker.options(public_options(config))
-    return MetricsListener(trackers, norms=trained.network.norms)
+    return MetricsListener(trackers)
 
 
 def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Objective) -> Validator:

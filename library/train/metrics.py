@@ -5,7 +5,7 @@ Source: spec of sd-scripts, "Logging". x is the optimizer step, for `*epoch*` ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL.Image import Image
 
@@ -33,13 +33,10 @@ def secret_values(config: TrainConfig) -> tuple[str, ...]:
 
 
 class MetricsListener:
-    """Reports scalars of every step, epoch and validation, and sample images.
+    """Reports scalars of every step, epoch and validation, and sample images."""
 
-    `norms`: what the network says of its weights, by tag.
-    """
-
-    def __init__(self, trackers: Sequence[Tracker], *, norms: Callable[[], Mapping[str, float]]) -> None:
-        self._trackers, self._norms = trackers, norms
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
         self._validated = 0
 
     def on_start(self, state: TrainState) -> TrainState:
@@ -47,9 +44,9 @@ class MetricsListener:
         return state
 
     def wants_weights(self, step: int) -> bool:
-        """At every step if the network has something to say of its weights."""
+        """Never: one rank has it, and its numbers come with the report."""
         del step
-        return bool(self._norms())
+        return False
 
     def on_step(self, state: TrainState, report: StepReport) -> TrainState:
         scalars = {
@@ -59,7 +56,7 @@ class MetricsListener:
             "speed/seconds_per_step": report.seconds,
             "speed/images_per_second": report.samples / report.seconds,
             **{f"lr/{name}": rate for name, rate in report.learning_rates.items()},
-            **self._norms(),
+            **report.norms,
         }
         if report.max_norm is not None:
             scalars["max_norm/keys_scaled"] = report.max_norm.scaled

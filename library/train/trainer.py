@@ -41,6 +41,7 @@ class StepReport:
     seconds: float
     skipped: bool  # fp16 overflow: the parameters were left as they were
     max_norm: NormReport | None = None  # what scale_weight_norms did
+    norms: Mapping[str, float] = field(default_factory=dict)  # what the network reports after it, by tag
 
 
 class Listener(Protocol):
@@ -48,7 +49,8 @@ class Listener(Protocol):
 
     One that has a method `wants_weights(step)` is asked which steps it must be told of before the next one
     begins, because it reads or changes what is trained; one that has none is told at once of every step. The
-    answer is the same on every rank that has the listener, and at the end of an epoch all are told at once.
+    answer is the same on every rank: one that launches a step which another does not waits for it for ever. So
+    a listener of one rank alone wants no weights. At the end of an epoch all are told at once.
     """
 
     def on_start(self, state: TrainState) -> TrainState: ...
@@ -79,6 +81,7 @@ class _Launched:
     rates: Mapping[str, float]
     skipped: bool
     max_norm: NormReport | None
+    norms: tuple[tuple[str, ...], Reading] | None  # by tag; None where the network reports none
 
 
 @dataclass(slots=True, kw_only=True)
@@ -178,7 +181,9 @@ class Trainer:
         if stepped:
             self.schedule.step(loss)
         max_norm = self._limit_norms()
-        return _Launched(begun, reading, rates, skipped=not stepped, max_norm=max_norm)
+        return _Launched(
+            begun, reading, rates, skipped=not stepped, max_norm=max_norm, norms=self._read_norms()
+        )
 
     def settle(self, launched: _Launched) -> tuple[StepReport, bool]:
         """Read a launched step's numbers: its report, and whether any rank was asked to stop."""
@@ -187,8 +192,12 @@ class Trainer:
         self.state = self.state.after_step(loss=loss, samples=int(samples))
         now = time.perf_counter()
         seconds, self._settled = now - max(launched.begun, self._settled), now
+        norms: dict[str, float] = {}
+        if launched.norms is not None:
+            tags, values = launched.norms
+            norms = dict(zip(tags, values.wait(), strict=True))
         report = StepReport(
-            loss, norm, launched.rates, int(samples), seconds, launched.skipped, launched.max_norm
+            loss, norm, launched.rates, int(samples), seconds, launched.skipped, launched.max_norm, norms
         )
         return report, stop > 0
 
@@ -225,6 +234,15 @@ class Trainer:
             return None
         with self.backend.whole(self.network.module, changing=True):
             return self.network.apply_max_norm(most)
+
+    def _read_norms(self) -> tuple[tuple[str, ...], Reading] | None:
+        """The norms that the network reports of itself as it is when the device gets here."""
+        norms = self.network.norms()
+        if not norms:
+            return None
+        device = self.backend.world.device
+        values = torch.stack([norm.detach().to(device, torch.float32) for norm in norms.values()])
+        return tuple(norms), Reading(values)
 
     def _weights_wanted(self, step: int) -> bool:
         """Whether anything must happen between optimizer step `step` and the next one."""

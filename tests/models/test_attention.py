@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -60,6 +61,43 @@ def test_a_crash_a_complaint_and_an_answer(monkeypatch):
     assert "ended its process" in found.faults["cudnn"]
     assert "no answer" in found.faults["slow"]
     assert found.fastest in ("first", "second", "efficient")
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import sys; sys.stderr.write('CUDA out of memory\\n'); sys.exit(3)", "CUDA out of memory"),
+        ("import os; os.kill(os.getpid(), 15)", "signal 15"),
+        ("import os; os.kill(os.getpid(), 9)", "signal 9"),
+    ],
+    ids=["no memory", "stopped", "killed"],
+)
+def test_a_disturbed_trial_judges_no_kernel_and_is_not_kept(monkeypatch, tmp_path, caplog, program, reason):
+    monkeypatch.setenv("POLYRANK_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    command = (sys.executable, "-c", program)
+    monkeypatch.setattr(attention, "trial", partial(trial, command=command))
+    assert settle("auto", device=torch.device("cuda"), dtype=torch.float32, compiled=False) == "auto"
+    assert reason in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_memory_is_told_from_a_fault(monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(attention, "check", full)
+    assert main(["cpu", "float32", "eager", "math"]) == attention.NO_MEMORY
+    assert "Tried to allocate" in capsys.readouterr().err
+
+
+def test_kernels_are_not_blamed_for_a_compiler_that_does_not_work(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("Cannot find a working triton installation")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    torch._dynamo.reset()
+    check("math", CPU, torch.float32, compiled=True, length=96)
 
 
 def test_the_fastest_right_kernel_wins():

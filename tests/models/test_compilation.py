@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from library.config.sections.network import NetworkConfig
-from library.models import frozen
+from library.models import compilation, frozen
 from library.models.compilation import STATIC_SHAPES
 from library.models.precision import block_linears
 from networks.interface import create
@@ -33,6 +35,25 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def test_a_stop_signal_to_all_processes_leaves_those_that_compile(monkeypatch):
+    from torch._inductor import async_compile, config
+
+    monkeypatch.setattr(config, "compile_threads", 2)
+    async_compile.shutdown_compile_workers()
+    compilation.start_workers()
+    try:
+        pool = async_compile.AsyncCompile.process_pool()
+        (worker,) = {pool.submit(os.getpid).result(timeout=60)}
+        for process in (pool.process.pid, worker):
+            os.kill(process, signal.SIGTERM)
+        assert pool.submit(max, 2, 3).result(timeout=60) == 3
+        assert pool.process.poll() is None
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM}
+    finally:
+        async_compile.shutdown_compile_workers()
+    assert pool.process.poll() == 0
 
 
 def trained(config=LORA, *, joins=False, scaled=None):

@@ -67,6 +67,22 @@ def test_four_steps_saved_and_four_more_equal_eight(case):
         assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize(("saved", "present"), [(False, True), (True, False)])
+def test_a_state_goes_on_with_the_kernels_of_the_present_process(saved, present):
+    first, second = network(), network()
+    started = _built(first, "AdamW", 1e-2, (f"fused={saved}",))
+    train(first, started.optimizer, range(2))
+    resumed = _built(second, "AdamW", 1e-2, (f"fused={present}",))
+    import_state(resumed.optimizer, _names(second), export_state(started.optimizer, _names(first)))
+    assert resumed.optimizer.param_groups[0]["fused"] is present
+    if resumed.can_leave_out:
+        resumed.leave_out(torch.zeros(()))  # as a run ahead does: kernels of the saved kind refuse it
+    second.load_state_dict(first.state_dict())
+    assert train(second, resumed.optimizer, range(2, 4)) == pytest.approx(
+        train(first, started.optimizer, range(2, 4)), rel=1e-5
+    )
+
+
 def test_eight_bit_states_stay_eight_bit_and_share_no_memory():
     module = network()
     built = _built(module, *CASES["AdamW8bit"])

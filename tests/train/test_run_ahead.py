@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from library.errors import TrainingDiverged
+from library.train.metrics import MetricsListener
 from library.train.setup import batches, connected
 from library.train.trainer import Trainer
 from tools.bench_data import SIZES
@@ -92,6 +93,29 @@ def test_reports_and_weights_are_those_of_steps_read_at_once():
     for one, other in ((ahead.seen[3], at_once.seen[3]), (after, after_at_once)):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(after, ahead.first, strict=True))
+
+
+GGPO = ("--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01")
+
+
+def test_norms_of_a_network_come_with_the_report_and_hold_nobody_up():
+    def run(*, ahead: bool) -> tuple[Log, list[dict[str, float]]]:
+        with trainer(*GGPO) as (made, stream):
+            log, norms = Log(made, ()), []
+            real = log.on_step
+            log.on_step = lambda state, report: norms.append(dict(report.norms)) or real(state, report)
+            # Only one rank has it: were it to want weights, the others would launch a step without it.
+            made.listeners = (log, MetricsListener([]))
+            if not ahead:
+                made.optimizer.optimizer._step_supports_amp_scaling = False
+            made.run(stream)
+            return log, norms
+
+    log, norms = run(ahead=True)
+    assert log.ahead == [True] * (STEPS - 1) + [False]
+    assert norms == run(ahead=False)[1]
+    assert all(report.keys() == norms[0].keys() for report in norms)
+    assert len({report["norm/avg_key_norm"] for report in norms}) == STEPS
 
 
 def test_a_listener_that_says_nothing_is_told_at_once():

@@ -40,12 +40,13 @@ def report() -> StepReport:
     return StepReport(
         loss=0.5, grad_norm=2.0, learning_rates={"unet": 1e-4, "d*lr/unet": 2e-4}, samples=4, seconds=2.0,
         skipped=False, max_norm=NormReport(scaled=3, mean=0.25, maximum=0.75),
+        norms={"norm/avg_grad_norm": 0.125},
     )  # fmt: skip
 
 
 def tell_all(trackers: list[Tracker], *, failed: bool = False) -> None:
     """A step that ends an epoch and had a validation, and a picture."""
-    listener = MetricsListener(trackers, norms=lambda: {"norm/avg_grad_norm": 0.125})
+    listener = MetricsListener(trackers)
     state = a_state(step=5, losses=(0.5,), validation_losses=((5, 0.75),))
     listener.on_start(a_state(step=0, losses=(), validation_losses=((0, 2.0),)))
     listener.on_step(state, report())
