@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from library.data.discover import Discovered
 from library.data.plan import Plan, PlanSettings, units_per_step
 from library.data.readers import CachedLatents, CachedText
 from library.data.records import ImageRecord
+from library.files.safetensors import Header, TensorInfo
 from library.models import precision
 from library.models.flux import Flux
 from library.models.identify import Part
@@ -62,21 +62,14 @@ class RandomLoader(ModelLoader):
         return model.eval()
 
 
-@dataclass(frozen=True)
-class RandomCaches:
-    """Latents and text outputs as a cache would give them, one tensor of each size, made once."""
-
-    params: FluxParams
-    t5_length: int
-
-    def text(self) -> CachedText:
-        """Outputs for any caption."""
-        generator = torch.Generator().manual_seed(1)
-        return CachedText(
-            torch.randn(self.params.vec_in_dim, generator=generator),
-            torch.randn(self.t5_length, self.params.context_in_dim, generator=generator),
-            torch.ones(self.t5_length, dtype=torch.long),
-        )
+def random_text(params: FluxParams, t5_length: int) -> CachedText:
+    """Text outputs that serve every caption."""
+    generator = torch.Generator().manual_seed(1)
+    return CachedText(
+        torch.randn(params.vec_in_dim, generator=generator),
+        torch.randn(t5_length, params.context_in_dim, generator=generator),
+        torch.ones(t5_length, dtype=torch.long),
+    )
 
 
 @dataclass(frozen=True)
@@ -113,8 +106,10 @@ def synthetic_data(
     config: TrainConfig, loader: RandomLoader, sizes: Sequence[tuple[int, int]], *, world: int
 ) -> Data:
     """Cached pictures of each of `sizes` in buckets of their own."""
+    # Pictures of a smaller area keep their size; one of a larger area than this would be scaled down.
+    largest = max(sizes, key=lambda size: size[0] * size[1])
     dataset = DatasetSettings(
-        resolution=sizes[0], batch_size=config.dataset.train_batch_size, enable_bucket=True, bucket_no_upscale=True,
+        resolution=largest, batch_size=config.dataset.train_batch_size, enable_bucket=True, bucket_no_upscale=True,
         bucket_reso_steps=16, subsets=(SubsetSettings(image_dir=Path("synthetic")),),
     )  # fmt: skip
     records = tuple(
@@ -124,16 +119,13 @@ def synthetic_data(
         )
         for number, size in enumerate(size for size in sizes for _ in range(IMAGES_PER_SIZE))
     )  # fmt: skip
-    # A picture larger than the dataset's area would be scaled down: each has its own size as its area.
-    largest = max(sizes, key=lambda size: size[0] * size[1])
-    dataset = DatasetSettings(**{**_fields(dataset), "resolution": largest})
     training = TrainingData(
         datasets=(dataset,),
         records=records,
         placements=place_records((dataset,), records),
         seed=0,
         latents=RandomLatents(),
-        text=RandomText(RandomCaches(loader.params, loader.t5_length).text()),
+        text=RandomText(random_text(loader.params, loader.t5_length)),
     )
     plan = Plan(
         training.planned_images(),
@@ -151,17 +143,11 @@ def synthetic_data(
     return Data((dataset,), found, training, plan, None, None, ())
 
 
-def _fields(settings: DatasetSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-
-
 def random_files(params: FluxParams) -> ModelFiles:
-    """No files: only what the headers of a model of this size would say."""
-
-    class Known(Part):  # the one thing asked of it
-        def params(self) -> FluxParams:
-            return params
-
+    """No files: only what the header of a transformer of this size would say."""
     nowhere = Path("random")
-    parts = {"flux": object.__new__(Known)}
-    return ModelFiles(nowhere, nowhere, nowhere, nowhere, None, MappingProxyType(parts))
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Flux(params).state_dict().items()}
+    header = Header(nowhere, {name: TensorInfo("BF16", shape, 0, 0) for name, shape in shapes.items()}, {})
+    flux = Part("flux", "bfl", (header,), {name: (0, name) for name in shapes}, {})
+    return ModelFiles(nowhere, nowhere, nowhere, nowhere, None, MappingProxyType({"flux": flux}))
