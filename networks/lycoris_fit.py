@@ -317,12 +317,12 @@ def before_loading(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge_full(network: Any, strength: float) -> set[int]:
-    """Add the differences of algo=full to the base weights; the layers dealt with, by id. Before `apply_to`.
+def merge_full(network: Any, strength: float) -> None:
+    """Add the differences of algo=full to the base weights and drop those layers. Before `apply_to`.
 
     Once applied, such a module has taken the weight off its layer, so what it does cannot be measured there.
     """
-    done = set()
+    merged = set()
     for module in (*network.text_encoder_loras, *network.unet_loras):
         if type(module).__name__ != "FullModule":
             continue
@@ -330,7 +330,6 @@ def merge_full(network: Any, strength: float) -> set[int]:
         layer.weight.copy_(layer.weight.float() + strength * module.weight.to(layer.weight.device).float())
         if module.bias is not None:
             layer.bias.copy_(layer.bias.float() + strength * module.bias.to(layer.bias.device).float())
-        done.add(id(module))
-    network.text_encoder_loras = [m for m in network.text_encoder_loras if id(m) not in done]
-    network.unet_loras = [m for m in network.unet_loras if id(m) not in done]
-    return done
+        merged.add(module)
+    network.text_encoder_loras = [m for m in network.text_encoder_loras if m not in merged]
+    network.unet_loras = [m for m in network.unet_loras if m not in merged]

@@ -70,7 +70,7 @@ def create_network(
 
 def check_arguments(arguments: Mapping[str, object]) -> None:
     """Raise `NetworkPluginError` for network_args that this module does not know."""
-    unknown = sorted(arguments.keys() - _ARGUMENTS - {"for_inference"})
+    unknown = sorted(arguments.keys() - _ARGUMENTS)
     if unknown:
         raise NetworkPluginError(f"network_args {unknown[0]}: networks.oft_flux knows enable_all_linear only")
     parse_bool("enable_all_linear", arguments.get("enable_all_linear", False))
