@@ -26,6 +26,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch import library as operators
 from torch.nn import functional as F
 
 LowRank = tuple[Tensor, Tensor]  # down [r, in] and up [out, r], strength included
@@ -184,11 +185,11 @@ def _joined_backward(
     return (grad @ weight.to(grad.dtype)).addmm_(grad_hidden, down), grad_down, grad_up
 
 
-_joined_operator = torch.library.custom_op(
+_joined_operator = operators.custom_op(
     "polyrank::joined", _joined, mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up) -> (Tensor, Tensor)",
 )  # fmt: skip
-_joined_backward_operator = torch.library.custom_op(
+_joined_backward_operator = operators.custom_op(
     "polyrank::joined_backward", _joined_backward, mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor weight, Tensor hidden, Tensor down, Tensor up, bool needs_input)"
     " -> (Tensor, Tensor, Tensor)",

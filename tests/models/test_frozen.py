@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from model_examples import difference, flux_inputs, flux_params, random_flux
+from torch import library as operators
 from torch import nn
 
 from library.config.sections.network import NetworkConfig
@@ -79,12 +80,10 @@ def test_the_joined_operators_hold_torchs_contract():
     x, (down, up), linear = inputs().detach().flatten(0, 1), factors(), layer()
     down, up = down.detach(), up.detach()
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.polyrank.joined, (x, linear.weight, linear.bias, down, up), test_utils=checks
-    )
+    operators.opcheck(torch.ops.polyrank.joined, (x, linear.weight, linear.bias, down, up), test_utils=checks)
     out, hidden = torch.ops.polyrank.joined(x, linear.weight, None, down, up)
     for needs in (True, False):
-        torch.library.opcheck(
+        operators.opcheck(
             torch.ops.polyrank.joined_backward,
             (torch.randn_like(out), x, linear.weight, hidden, down, up, needs),
             test_utils=checks,
