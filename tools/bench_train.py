@@ -36,7 +36,7 @@ from library.train.build import Job, Trained, build_adapter, build_trained
 from library.train.checkpoint import load_run
 from library.train.resume import capture, restore
 from library.train.saving import Saver
-from library.train.setup import batches, build_trainer, connected
+from library.train.setup import batches, build_trainer, connected, wrap
 from library.train.state import TrainState
 from library.train.trainer import StepReport, Trainer
 from tools.bench_data import SIZES, RandomLoader, random_files, synthetic_data
@@ -104,7 +104,7 @@ def assemble(
     trainer = build_trainer(
         job,
         trained,
-        module=backend.wrap(trained.root, trained.optimizer.optimizer),
+        module=wrap(job, trained),
         adapter=adapter,
         listeners=(Stopwatch(),),
         should_stop=lambda: False,

@@ -66,8 +66,17 @@ class Backend(Protocol):
     load_device: torch.device  # where models that are not cached away are read to before `wrap`
     in_lockstep: bool  # every rank must call the module as often as the others, when only drawing as well
 
-    def wrap(self, module: nn.Module, optimizer: Optimizer) -> nn.Module:
-        """Make the root module's forward take part in gradient averaging; move it to the device. Called once."""
+    def wrap(self, module: nn.Module, optimizer: Optimizer, *, recordable: bool = False) -> nn.Module:
+        """Make the root module's forward take part in gradient averaging; move it to the device. Called once.
+
+        `recordable` asks that micro-steps can be recorded and replayed: gradients stay in their place, and ranks
+        meet after the backward pass. `keeps_gradients` tells whether it is so.
+        """
+        ...
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether micro-steps may be recorded."""
         ...
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:

@@ -2,13 +2,17 @@
 
 DDP divides summed gradients by the number of ranks, while a step's loss here is a sum over ranks of parts that
 already carry their shares of the step; `backward` multiplies by the number of ranks to undo that division.
+
+Where micro-steps are recorded and ranks are connected well, DDP stays out of it: what hooks into the backward pass
+cannot be replayed, and adding up an adapter's gradients after it costs a millisecond or two.
+
 The frozen base is not broadcast at start: every rank read it from the same files. What is trained is compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from library.distributed.base import Stepper, World
+from library.distributed.gradients import KeptGradients
 from library.distributed.group import Group
 from library.distributed.precision import LossScaler
 from library.optim.state import ExportedState, export_state, import_state
+
+SOON = 0.01  # seconds that ranks may take to add up gradients in which no GPU computes; DDP does it meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,11 @@ class DdpSettings:
     gradient_as_bucket_view: bool = False
     static_graph: bool = False
     find_unused_parameters: bool = False
+
+    @property
+    def may_sum_afterwards(self) -> bool:
+        """Whether nothing asks for DDP itself."""
+        return not (self.gradient_as_bucket_view or self.static_graph or self.find_unused_parameters)
 
 
 class DdpBackend:
@@ -47,12 +59,18 @@ class DdpBackend:
         self.stepper: Stepper = self._scaler
         self._settings = settings
         self._module: DistributedDataParallel | None = None
+        self._kept: KeptGradients | None = None
 
-    def wrap(self, module: nn.Module, optimizer: Optimizer) -> nn.Module:
+    def wrap(self, module: nn.Module, optimizer: Optimizer, *, recordable: bool = False) -> nn.Module:
         del optimizer
         for parameter in module.parameters():
             if parameter.requires_grad:
                 dist.broadcast(parameter.data, src=0)
+        if recordable and self._settings.may_sum_afterwards:
+            kept = KeptGradients(module.parameters())
+            if self._group.agree(kept.seconds_to_sum()) <= SOON:
+                self._kept = kept
+                return module
         # What is frozen is no business of DDP's, which would want all of it on one device: blocks may wait
         # in main memory.
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
@@ -70,15 +88,32 @@ class DdpBackend:
         )
         return self._module
 
+    @property
+    def keeps_gradients(self) -> bool:
+        return self._kept is not None
+
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        if self._kept is not None:
+            return self._summed_in(self._kept) if last else self._added_to(self._kept)
         assert self._module is not None, "wrap() comes first"
         # A static graph fails if its first backward pass does not average. To average in every one is as right: what
         # was averaged before is the same on all ranks.
         averages = last or self._settings.static_graph
         return nullcontext() if averages else self._module.no_sync()
 
+    @contextmanager
+    def _added_to(self, kept: KeptGradients) -> Iterator[None]:
+        kept.attach()
+        yield
+
+    @contextmanager
+    def _summed_in(self, kept: KeptGradients) -> Iterator[None]:
+        kept.attach()
+        yield
+        kept.sum_over_ranks()
+
     def backward(self, loss: Tensor) -> None:
-        self._scaler.backward(loss * self.world.size)
+        self._scaler.backward(loss if self._kept is not None else loss * self.world.size)
 
     def whole(self, module: nn.Module, *, changing: bool = False) -> AbstractContextManager[Any]:
         del module, changing

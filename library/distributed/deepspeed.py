@@ -76,7 +76,10 @@ class DeepSpeedBackend:
         self.stepper: Stepper = self._scaler
         self._engine: Any = None
 
-    def wrap(self, module: nn.Module, optimizer: Optimizer) -> nn.Module:
+    keeps_gradients = False
+
+    def wrap(self, module: nn.Module, optimizer: Optimizer, *, recordable: bool = False) -> nn.Module:
+        del recordable  # the engine hooks into the backward pass
         settings = engine_config(self._config, trained=[p for p in module.parameters() if p.requires_grad])
         if self._config.zero_stage == 3:
             for buffer in module.buffers():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from library.distributed.base import Stepper, World
+from library.distributed.gradients import KeptGradients
 from library.distributed.precision import LossScaler
 from library.optim.state import ExportedState, export_state, import_state
 
@@ -25,13 +26,22 @@ class SingleBackend:
         self.load_device = world.device
         self._scaler = LossScaler(device=world.device, dtype=dtype)
         self.stepper: Stepper = self._scaler
+        self._kept: KeptGradients | None = None
 
-    def wrap(self, module: nn.Module, optimizer: Optimizer) -> nn.Module:
+    def wrap(self, module: nn.Module, optimizer: Optimizer, *, recordable: bool = False) -> nn.Module:
         del optimizer
+        if recordable:
+            self._kept = KeptGradients(module.parameters())
         return module
+
+    @property
+    def keeps_gradients(self) -> bool:
+        return self._kept is not None
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         del last
+        if self._kept is not None:
+            self._kept.attach()
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:

@@ -42,12 +42,14 @@ class Recomputation:
 
     `blocks` is how many blocks recompute, counted in forward order, None for all and for the embedders as
     well. With `inputs` the inputs of those blocks are kept in main memory until the backward pass. `cheap_only`:
-    compiled blocks keep what `is_dear` names.
+    compiled blocks keep what `is_dear` names. `chance`: whether blocks draw random numbers, which the recomputation has
+    to draw again; if not, the generators are left alone.
     """
 
     blocks: int | None = None
     inputs: SavedOnHost | None = None
     cheap_only: bool = False
+    chance: bool = True
 
     def covers(self, index: int | None) -> bool:
         """Whether block `index` (over double, then single blocks) recomputes; None is an embedder."""
@@ -56,7 +58,9 @@ class Recomputation:
     def run(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call `function` so that its activations are recomputed in the backward pass."""
         with self._where():
-            result: Result = checkpoint(function, *arguments, use_reentrant=False)
+            result: Result = checkpoint(
+                function, *arguments, use_reentrant=False, preserve_rng_state=self.chance
+            )
         return result
 
     def run_compiled(self, function: Callable[..., Result], *arguments: object) -> Result:

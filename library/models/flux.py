@@ -60,15 +60,21 @@ class Flux(nn.Module):
         return (*self.double_blocks, *self.single_blocks)
 
     def enable_gradient_checkpointing(
-        self, *, blocks: int | None = None, offload_inputs: bool = False, cheap_only: bool = False
+        self,
+        *,
+        blocks: int | None = None,
+        offload_inputs: bool = False,
+        cheap_only: bool = False,
+        chance: bool = True,
     ) -> None:
         """Recompute activations of the first `blocks` blocks (all if None) in the backward pass.
 
         Takes effect in train mode while gradients are recorded. `offload_inputs` keeps the blocks' inputs
-        in host memory meanwhile; with `cheap_only` compiled blocks keep what is small and dear.
+        in host memory meanwhile; with `cheap_only` compiled blocks keep what is small and dear. `chance` is false if
+        nothing in the blocks, adapters included, draws random numbers.
         """
         inputs = SavedOnHost() if offload_inputs else None
-        self.recomputation = Recomputation(blocks, inputs, cheap_only)
+        self.recomputation = Recomputation(blocks, inputs, cheap_only, chance)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation again."""

@@ -24,6 +24,7 @@ from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.train.caching import image_encoder
 from library.train.checkpoint import SavedRun
+from library.train.graphs import has_chance
 from library.train.loading import ModelLoader
 from library.train.prepare import Data, trains_text
 from library.train.resume import Resumable
@@ -122,7 +123,7 @@ def build_trained(job: Job) -> Trained:
             "scale_weight_norms: %s has no norms to limit, so it has no effect", config.network.network_module
         )
     _place(network, config, device)
-    _save_memory(config.memory, transformer, clip_l, t5, network)
+    _save_memory(config.memory, transformer, clip_l, t5, network, chance=has_chance(config.network))
     groups = network.parameter_groups(
         learning_rate=config.optimizer.learning_rate,
         unet_lr=config.optimizer.unet_lr,
@@ -153,7 +154,7 @@ def build_trained(job: Job) -> Trained:
     )
     root.train()
     speed.after_network(
-        transformer, steps=job.data.plan.total_steps - job.state.step, shapes=_token_shapes(job)
+        transformer, steps=job.data.plan.total_steps - job.state.step, shapes=token_shapes(job)
     )
     return Trained(root=root, network=network, optimizer=optimizer, schedule=schedule)
 
@@ -182,7 +183,7 @@ def live_text_encoders(
     return clip_l, t5
 
 
-def _token_shapes(job: Job) -> int:
+def token_shapes(job: Job) -> int:
     """How many sizes of token streams a run sees: its buckets, and lengths of text where padding is left out."""
     buckets = {placement.bucket for placement in job.data.training.placements}
     lengths = -(-job.loader.t5_length // TEXT_LENGTHS) if job.config.model.apply_t5_attn_mask else 1
@@ -202,6 +203,8 @@ def _save_memory(
     clip_l: ClipL | None,
     t5: T5Encoder | None,
     network: NetworkHandle,
+    *,
+    chance: bool,
 ) -> None:
     """Put the memory options in effect; base weights and network are final by now."""
     if memory.blocks_to_swap:
@@ -213,7 +216,7 @@ def _save_memory(
     if not memory.gradient_checkpointing:
         return
     transformer.enable_gradient_checkpointing(
-        offload_inputs=memory.cpu_offload_checkpointing, cheap_only=memory.recompute == "cheap"
+        offload_inputs=memory.cpu_offload_checkpointing, cheap_only=memory.recompute == "cheap", chance=chance
     )
     network.enable_gradient_checkpointing()
     encoders: Sequence[ClipL | T5Encoder | None] = (clip_l, t5)

@@ -36,6 +36,7 @@ from library.preflight.lints import advice
 from library.preflight.report import Report, write_report
 from library.preflight.start import say_start
 from library.preflight.tables import print_report
+from library.train import graphs
 from library.train.build import (
     Job,
     Trained,
@@ -43,6 +44,7 @@ from library.train.build import (
     build_trained,
     check_parts,
     check_schedule,
+    token_shapes,
     wanted_prompts,
 )
 from library.train.caching import CachingPhase, prompt_texts
@@ -50,6 +52,7 @@ from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_result
 from library.train.exhausted import explained
 from library.train.facts import MetadataWriter
+from library.train.graphs import StepGraphs
 from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
 from library.train.prepare import (
@@ -143,6 +146,7 @@ def check_early(config: TrainConfig) -> tuple[ModelFiles, tuple[str, ...]]:
     """
     files = locate_models(config.model)
     check_swap(config.memory, files)
+    graphs.check(config)
     check_trackers(config.logging)
     check_hub(config.saving)
     return files, check_parts(config)
@@ -205,7 +209,7 @@ def train(job: Job) -> Trained:
     config, backend = job.config, job.backend
     trained = build_trained(job)
     adapter = build_adapter(job, trained)
-    module = backend.wrap(trained.root, trained.optimizer.optimizer)
+    module = wrap(job, trained)
     parts = trained.resumable(backend)
     if job.saved is not None:
         restore(job.saved, parts, step=job.state.step)
@@ -275,7 +279,15 @@ def build_trainer(
         listeners=listeners,
         state=job.state,
         should_stop=should_stop,
+        graphs=StepGraphs(trained.parameters, shapes=token_shapes(job)) if backend.keeps_gradients else None,
     )
+
+
+def wrap(job: Job, trained: Trained) -> nn.Module:
+    """The root module as the backend wants it called."""
+    compiled = trained.root.transformer.compiled is not None
+    recordable = graphs.wanted(job.config, device=job.backend.world.device, compiled=compiled)
+    return job.backend.wrap(trained.root, trained.optimizer.optimizer, recordable=recordable)
 
 
 def batches(job: Job) -> Iterator[Batch]:

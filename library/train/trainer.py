@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from library import randomness
-from library.adapters.base import ModelAdapter
+from library.adapters.base import ModelAdapter, StepInputs
 from library.data.records import Batch
 from library.distributed.base import Backend
 from library.distributed.precision import is_lost
 from library.errors import TrainingDiverged
-from library.flow.objective import Objective
+from library.flow.objective import Draw, Objective
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
+from library.train.graphs import StepGraphs
 from library.train.preservation import preserve_output
 from library.train.reading import Reading
 from library.train.state import TrainState
@@ -100,6 +101,7 @@ class Trainer:
     listeners: Sequence[Listener]
     state: TrainState
     should_stop: Callable[[], bool]  # whether this process was asked to stop
+    graphs: StepGraphs | None = None  # records micro-steps
     _settled: float = field(default=0.0, init=False)  # when the last report was read
     _diverged: Tensor | None = field(default=None, init=False)  # [], 1 once a step was not finite
 
@@ -213,7 +215,15 @@ class Trainer:
         # Dropouts inside a network use torch's global generators: seeded by what is trained, not by when.
         torch.manual_seed(randomness.integer(self.state.seed, "network", *batch.visits[0]))
         self.network.on_step_start()
-        # The one use of all that is trained.
+        if self.graphs is None:
+            return self.differentiate(draw, inputs)
+        return self.graphs.run(self.differentiate, draw, inputs)
+
+    def differentiate(self, draw: Draw, inputs: StepInputs) -> Tensor:
+        """The one use of all that is trained, forward and backward. Returns the loss's part, detached, [].
+
+        Everything in it happens on the device and depends on nothing but its arguments, so it may be recorded.
+        """
         prediction = self.module(draw.x_t, draw.t, inputs.cond)  # [B, 16, h, w]
         loss_B = self.objective.loss(prediction, draw, inputs.mask)  # [B]
         loss = (loss_B * inputs.sample_weights).sum()

@@ -45,6 +45,12 @@ class MemoryConfig:
         ),
         unset=("no",),
     )  # fmt: skip
+    cuda_graphs: str = option(
+        "auto",
+        "record a step of each size as a CUDA graph and replay it; auto does where blocks are compiled",
+        choices=("off", "on", "auto"),
+        ours=True,
+    )
     blocks_to_swap: int | None = option(
         None,
         "transformer blocks that wait in main memory until their turn; at most 35 for a whole FLUX.1",
