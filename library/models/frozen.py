@@ -12,9 +12,8 @@ so that an adapter need not know how the weight is stored. `weight` is one of
 - scaled: float8_e4m3fn or int8 with one scale for each output row in `weight_scale`; activations, and in the
   backward pass their gradients, get one scale for each token, and the GPU multiplies 8 bits (`base_compute`).
 
-The low-rank product of wide and narrow weights is added by a GEMM into the base product's own memory: no
-further pass over activations. Under torch.compile both are one operator, which inductor does not take apart.
-Beside a scaled weight it is plain tensor code, for inductor to fuse with the scaling.
+The low-rank product is added by a GEMM into the base product's own memory: no further pass over activations.
+Under torch.compile both are one operator, which inductor does not take apart.
 
 Shape letters: T tokens (all leading dimensions of x), r rank.
 """
@@ -29,13 +28,13 @@ from torch import Tensor, nn
 from torch import library as operators
 from torch.nn import functional as F
 
+from library.models.rounding import FP8, LARGEST, SMALLEST_SCALE, round_rows, to_8_bits
+
 LowRank = tuple[Tensor, Tensor]  # down [r, in] and up [out, r], strength included
 Scaled = Literal["fp8", "int8"]
 
-NARROW = torch.float8_e4m3fn
-SCALED_DTYPES: dict[Scaled, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-_SMALLEST_SCALE = 2.0**-100  # of a row of zeros
+NARROW = FP8
+SCALED_DTYPES: dict[Scaled, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
 _INT_MM_ROWS = 32  # cuBLAS multiplies int8 from 17 rows on
 
 
@@ -62,10 +61,10 @@ def store_scaled(
     """
     dtype, wide = SCALED_DTYPES[kind], linear.weight.detach().float()
     largest = wide.abs().amax(dim=1, keepdim=True)
-    scale = (largest / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
+    scale = (largest / LARGEST[dtype]).clamp(min=SMALLEST_SCALE)
     if kind == "fp8":
         scale = scale.log2().ceil().exp2()
-    weight = _rounded(wide / scale, dtype)
+    weight = to_8_bits(wide / scale, dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     scale = scale.T.contiguous().to(device or scale.device)  # [1, out] float32
     linear.register_buffer("weight_scale", scale, persistent=False)
@@ -97,11 +96,7 @@ def _joining_forward(self: nn.Linear, x: Tensor, low_rank: LowRank | None = None
     x = x.to(dtype)
     bias = None if self.bias is None else self.bias.to(dtype)
     if is_scaled(self):
-        out = _scaled_linear(self, x, bias)
-        if low_rank is not None:
-            down, up = (factor.to(dtype) for factor in low_rank)
-            out = out + F.linear(F.linear(x, down), up)
-        return out
+        return _scaled_linear(self, x, bias, low_rank)
     if low_rank is not None:
         down, up = (factor.to(dtype) for factor in low_rank)
         out = _JoinedProduct.apply(  # type: ignore[no-untyped-call]
@@ -113,10 +108,12 @@ def _joining_forward(self: nn.Linear, x: Tensor, low_rank: LowRank | None = None
     return F.linear(x, self.weight, bias)
 
 
-def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: LowRank | None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    down, up = (None, None) if low_rank is None else (factor.to(x.dtype) for factor in low_rank)
     transposed = getattr(linear, "weight_transposed", None)
     out: Tensor = _ScaledProduct.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]), linear.weight, linear.weight_scale.float(), transposed
+        flat, linear.weight, linear.weight_scale.float(), transposed, down, up
     )
     out = out.view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
@@ -211,40 +208,85 @@ def _(
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """x W^T for x [T, in] and a scaled weight [out, in]; both directions multiply 8 bits.
+    """x W^T + (x down^T) up^T for x [T, in] and a scaled weight [out, in]; W is multiplied in 8 bits both ways.
 
-    It keeps nothing of x. `scale` is [1, out]; `transposed` [in, out] is the weight's second copy, or None.
+    Without factors it keeps nothing of x, with them x and x down^T [T, r]. `scale` is [1, out]; `transposed`
+    [in, out] is the weight's second copy, or None.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale, transposed)
-        return _product(*_by_token(x.float(), weight.dtype), weight.t(), scale).to(x.dtype)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        transposed: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+    ) -> Tensor:
+        hidden = None if down is None else x @ down.t()
+        kept = (None, None, None, None) if hidden is None else (x, hidden, down, up)
+        ctx.save_for_backward(weight, scale, transposed, *kept)
+        rounded, by_token = round_rows(x, weight.dtype)
+        right = None if up is None else up.t()
+        return _product(rounded, by_token, weight.t(), scale, hidden, right, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, scale, transposed = ctx.saved_tensors
+        weight, scale, transposed, x, hidden, down, up = ctx.saved_tensors
+        grad_hidden = grad_down = grad_up = None
+        if up is not None:
+            grad_hidden = grad @ up  # [T, r]
+            grad_down, grad_up = grad_hidden.t() @ x, grad.t() @ hidden
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, grad_down, grad_up
         if weight.dtype == NARROW:  # cuBLAS multiplies fp8 with a second factor that lies column by column
             weight = (weight.t().contiguous() if transposed is None else transposed).t()
         # The rows' scales belong to the inner dimension here, so they join the gradient before it is rounded.
-        rounded, by_token = _by_token(grad.float() * scale, weight.dtype)
-        return _product(rounded, by_token, weight, None).to(grad.dtype), None, None, None
+        rounded, by_token = round_rows(grad, weight.dtype, scale)
+        grad_x = _product(rounded, by_token, weight, None, grad_hidden, down, grad.dtype)
+        return grad_x, None, None, None, grad_down, grad_up
 
 
-def _by_token(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` [T, n] float32 rounded to 8 bits, and the scales [T, 1] that it is to be multiplied with."""
-    scale = (x.abs().amax(dim=1, keepdim=True) / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
-    return _rounded(x / scale, dtype), scale
+def _product(
+    x: Tensor,
+    by_row: Tensor,
+    second: Tensor,
+    by_column: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`x` [T, k] times `second` [k, n], both 8 bits, with scales [T, 1] and [1, n], plus left [T, r] right [r, n]."""
+    if left is None or right is None:
+        return _multiply(x, by_row, second, by_column).to(dtype)
+    product: Any = torch.ops.polyrank.scaled_joined if torch.compiler.is_compiling() else _scaled_joined
+    out: Tensor = product(x, by_row, second, by_column, left, right)
+    return out
 
 
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    largest = _LARGEST[dtype]
-    x = x.clamp(-largest, largest)
-    return x.round().to(dtype) if dtype == torch.int8 else x.to(dtype)
+def _scaled_joined(
+    x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    return _multiply(x, by_row, second, by_column).to(left.dtype).addmm_(left, right)
 
 
-def _product(x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None) -> Tensor:
+_scaled_joined_operator = operators.custom_op(
+    "polyrank::scaled_joined", _scaled_joined, mutates_args=(),
+    schema="(Tensor x, Tensor by_row, Tensor second, Tensor? by_column, Tensor left, Tensor right) -> Tensor",
+)  # fmt: skip
+
+
+@_scaled_joined_operator.register_fake
+def _(
+    x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    del by_row, by_column, right
+    return left.new_empty(x.shape[0], second.shape[1])
+
+
+def _multiply(x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None) -> Tensor:
     """`x` [T, k] times `second` [k, n], both 8 bits, with scales [T, 1] and [1, n]; bfloat16 or float32.
 
     Products add up in float32 (fp8) or int32. Without a GPU fp8 is multiplied as float32: the same numbers

@@ -1,0 +1,58 @@
+"""Rounding to 8 bits with a scale for each row."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import library as operators
+
+FP8 = torch.float8_e4m3fn
+LARGEST = {FP8: 448.0, torch.int8: 127.0}
+SMALLEST_SCALE = 2.0**-100  # of a row of zeros
+LONG_ROW = 4096  # numbers; shorter rows are rounded by the compiler together with what makes them
+
+
+def round_rows(x: Tensor, dtype: torch.dtype, by_column: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x` [T, n], times `by_column` [1, n], rounded to 8 bits, and the scales [T, 1] float32 to be multiplied with."""
+    if dtype == FP8 and x.is_cuda and x.shape[1] > LONG_ROW and _has_kernel():
+        rounded: tuple[Tensor, Tensor] = torch.ops.polyrank.round_rows(x, by_column)
+        return rounded
+    wide = x.float()
+    if by_column is not None:
+        wide = wide * by_column
+    scale = (wide.abs().amax(dim=1, keepdim=True) / LARGEST[dtype]).clamp(min=SMALLEST_SCALE)
+    return to_8_bits(wide * scale.reciprocal(), dtype), scale
+
+
+def to_8_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` float32 within the range of `dtype`, up to the rounding of a division, in that dtype."""
+    x = x.clamp(-LARGEST[dtype], LARGEST[dtype])
+    return x.round().to(dtype) if dtype == torch.int8 else x.to(dtype)
+
+
+@cache
+def _has_kernel() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _round_rows(x: Tensor, by_column: Tensor | None) -> tuple[Tensor, Tensor]:
+    kernel: Any = importlib.import_module("library.models.rounding_kernel")
+    rounded: tuple[Tensor, Tensor] = kernel.round_rows(x, by_column, SMALLEST_SCALE)
+    return rounded
+
+
+_operator = operators.custom_op(
+    "polyrank::round_rows", _round_rows, mutates_args=(),
+    schema="(Tensor x, Tensor? by_column) -> (Tensor, Tensor)",
+)  # fmt: skip
+
+
+@_operator.register_fake
+def _(x: Tensor, by_column: Tensor | None) -> tuple[Tensor, Tensor]:
+    del by_column
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
