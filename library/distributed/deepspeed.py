@@ -23,6 +23,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero import GatheredParameters, Init
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,6 +35,7 @@ from library.distributed.precision import DynamicScale, LossScaler
 from library.distributed.prodigy import step_on_pieces
 from library.distributed.zero_state import Pieces, pieces_of
 from library.errors import EnvironmentUnsupported
+from library.models.layers import DoubleStreamBlock, SingleStreamBlock
 from library.optim.state import ExportedState, export_state, import_groups, import_state
 
 # Trained parameters up to this size stay whole on every rank at stage 3: a LoRA of rank 256 on FLUX's widest layer.
@@ -85,6 +87,8 @@ class DeepSpeedBackend:
             for buffer in module.buffers():
                 buffer.data = buffer.data.to(self.world.device)
             Init(module=module, config_dict_or_path=settings, dtype=torch.float32)
+            # A block's weights come and go together: one exchange in place of one for each of its layers.
+            set_z3_leaf_modules(module, [DoubleStreamBlock, SingleStreamBlock])
         log = logging.getLogger("DeepSpeed")
         log.setLevel(logging.ERROR)  # it warns of every optimizer but its own; zero_limits knows better
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
