@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from library.models.activation_checkpoint import Recomputation, SavedOnHost
 from library.models.block_swap import BlockSwap, SwapPlan
 from library.models.compilation import CompiledBlocks
+from library.models.heads import fits
 from library.models.layers import (
     EMBEDDING_WIDTH,
     DoubleStreamBlock,
@@ -102,6 +103,9 @@ class Flux(nn.Module):
 
         Call it when the model is final: adapters applied, weights where they belong.
         """
+        for block in self.blocks:
+            assert isinstance(block, (DoubleStreamBlock, SingleStreamBlock))
+            block.one_pass = fits(block.qk_norms)
         self.compiled = CompiledBlocks(self.blocks, backend=backend, shapes=shapes)
         return self.compiled
 

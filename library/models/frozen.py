@@ -113,10 +113,9 @@ def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: 
     down, up = (None, None) if low_rank is None else (factor.to(x.dtype) for factor in low_rank)
     transposed = getattr(linear, "weight_transposed", None)
     out: Tensor = _ScaledProduct.apply(  # type: ignore[no-untyped-call]
-        flat, linear.weight, linear.weight_scale.float(), transposed, down, up
+        flat, linear.weight, linear.weight_scale.float(), transposed, bias, down, up
     )
-    out = out.view(*x.shape[:-1], -1)
-    return out if bias is None else out + bias
+    return out.view(*x.shape[:-1], -1)
 
 
 class _NarrowProduct(torch.autograd.Function):
@@ -208,19 +207,20 @@ def _(
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """x W^T + (x down^T) up^T for x [T, in] and a scaled weight [out, in]; W is multiplied in 8 bits both ways.
+    """x W^T + b + (x down^T) up^T for x [T, in] and a scaled weight [out, in]; W is multiplied in 8 bits both ways.
 
     Without factors it keeps nothing of x, with them x and x down^T [T, r]. `scale` is [1, out]; `transposed`
     [in, out] is the weight's second copy, or None.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 (what one operator takes)
         ctx: Any,
         x: Tensor,
         weight: Tensor,
         scale: Tensor,
         transposed: Tensor | None,
+        bias: Tensor | None,
         down: Tensor | None,
         up: Tensor | None,
     ) -> Tensor:
@@ -229,7 +229,7 @@ class _ScaledProduct(torch.autograd.Function):
         ctx.save_for_backward(weight, scale, transposed, *kept)
         rounded, by_token = round_rows(x, weight.dtype)
         right = None if up is None else up.t()
-        return _product(rounded, by_token, weight.t(), scale, hidden, right, x.dtype)
+        return _product(rounded, by_token, weight.t(), scale, bias, hidden, right, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -239,72 +239,94 @@ class _ScaledProduct(torch.autograd.Function):
         if up is not None:
             grad_hidden = grad @ up  # [T, r]
             grad_down, grad_up = grad_hidden.t() @ x, grad.t() @ hidden
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, grad_down, grad_up
+            return None, None, None, None, grad_bias, grad_down, grad_up
         if weight.dtype == NARROW:  # cuBLAS multiplies fp8 with a second factor that lies column by column
             weight = (weight.t().contiguous() if transposed is None else transposed).t()
         # The rows' scales belong to the inner dimension here, so they join the gradient before it is rounded.
         rounded, by_token = round_rows(grad, weight.dtype, scale)
-        grad_x = _product(rounded, by_token, weight, None, grad_hidden, down, grad.dtype)
-        return grad_x, None, None, None, grad_down, grad_up
+        grad_x = _product(rounded, by_token, weight, None, None, grad_hidden, down, grad.dtype)
+        return grad_x, None, None, None, grad_bias, grad_down, grad_up
 
 
-def _product(
+def _product(  # noqa: PLR0913 (what one operator takes)
     x: Tensor,
     by_row: Tensor,
     second: Tensor,
     by_column: Tensor | None,
+    bias: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`x` [T, k] times `second` [k, n], both 8 bits, with scales [T, 1] and [1, n], plus left [T, r] right [r, n]."""
+    """`x` [T, k] times `second` [k, n], both 8 bits, with scales [T, 1] and [1, n], plus a bias [n], plus left [T, r]
+    right [r, n].
+    """
     if left is None or right is None:
-        return _multiply(x, by_row, second, by_column).to(dtype)
+        return _multiply(x, by_row, second, by_column, bias).to(dtype)
     product: Any = torch.ops.polyrank.scaled_joined if torch.compiler.is_compiling() else _scaled_joined
-    out: Tensor = product(x, by_row, second, by_column, left, right)
+    out: Tensor = product(x, by_row, second, by_column, bias, left, right)
     return out
 
 
 def _scaled_joined(
-    x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None, left: Tensor, right: Tensor
+    x: Tensor,
+    by_row: Tensor,
+    second: Tensor,
+    by_column: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
 ) -> Tensor:
-    return _multiply(x, by_row, second, by_column).to(left.dtype).addmm_(left, right)
+    return _multiply(x, by_row, second, by_column, bias).to(left.dtype).addmm_(left, right)
 
 
 _scaled_joined_operator = operators.custom_op(
     "polyrank::scaled_joined", _scaled_joined, mutates_args=(),
-    schema="(Tensor x, Tensor by_row, Tensor second, Tensor? by_column, Tensor left, Tensor right) -> Tensor",
+    schema="(Tensor x, Tensor by_row, Tensor second, Tensor? by_column, Tensor? bias, Tensor left, Tensor right)"
+    " -> Tensor",
 )  # fmt: skip
 
 
 @_scaled_joined_operator.register_fake
 def _(
-    x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None, left: Tensor, right: Tensor
+    x: Tensor,
+    by_row: Tensor,
+    second: Tensor,
+    by_column: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
 ) -> Tensor:
-    del by_row, by_column, right
+    del by_row, by_column, bias, right
     return left.new_empty(x.shape[0], second.shape[1])
 
 
-def _multiply(x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None) -> Tensor:
-    """`x` [T, k] times `second` [k, n], both 8 bits, with scales [T, 1] and [1, n]; bfloat16 or float32.
+def _multiply(
+    x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`x` [T, k] times `second` [k, n], both 8 bits, with scales [T, 1] and [1, n], plus a bias [n].
 
-    Products add up in float32 (fp8) or int32. Without a GPU fp8 is multiplied as float32: the same numbers
-    up to the order of the sum.
+    The result is bfloat16 or float32. Products add up in float32 (fp8) or int32. Without a GPU fp8 is multiplied as
+    float32: the same numbers up to the order of the sum.
     """
+    if x.dtype != torch.int8 and x.is_cuda:
+        by_column = by_row.new_ones(1, second.shape[1]) if by_column is None else by_column
+        return torch._scaled_mm(
+            x, second, scale_a=by_row, scale_b=by_column, out_dtype=torch.bfloat16, use_fast_accum=True,
+            bias=None if bias is None else bias.to(torch.bfloat16),
+        )  # fmt: skip
     if x.dtype == torch.int8:
         rows = x.shape[0]
         if x.is_cuda and rows < _INT_MM_ROWS:
             x = F.pad(x, (0, 0, 0, _INT_MM_ROWS - rows))
         out = torch._int_mm(x, second)[:rows] * by_row
-        return out if by_column is None else out * by_column
-    if x.is_cuda:
-        by_column = by_row.new_ones(1, second.shape[1]) if by_column is None else by_column
-        return torch._scaled_mm(
-            x, second, scale_a=by_row, scale_b=by_column, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-    out = (x.float() @ second.float()) * by_row
-    return out if by_column is None else out * by_column
+    else:
+        out = (x.float() @ second.float()) * by_row
+    if by_column is not None:
+        out = out * by_column
+    return out if bias is None else out + bias
 
 
 def refusal(kind: Scaled, device: torch.device) -> str | None:

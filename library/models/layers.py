@@ -17,11 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.models.gelu import GELU
+from library.models.heads import EPSILON, Heads, join_streams, split_inner
 from library.models.rope import Rotation, rotate
 
-EPSILON = 1e-6  # of every normalisation in the transformer
-_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
-_GELU_CUBIC = 0.044715 * _GELU_LINEAR
 EMBEDDING_WIDTH = 256  # of the sinusoidal embedding of timestep and guidance
 
 
@@ -39,13 +38,12 @@ def sinusoidal_embedding(t: Tensor, *, width: int = EMBEDDING_WIDTH) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+def attention(heads: Heads, mask: Tensor | None) -> Tensor:
     """Attention of [B, H, L, D / H] queries, keys and values, as [B, L, D].
 
     `mask` is a boolean key mask [B, 1, 1, L], true where a token may be looked at, or None.
     """
-    q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b h l d -> b l (h d)")
+    return rearrange(F.scaled_dot_product_attention(*heads, attn_mask=mask), "b h l d -> b l (h d)")
 
 
 class MLPEmbedder(nn.Module):
@@ -75,20 +73,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), EPSILON).to(x.dtype)
 
 
-class GELU(nn.Module):
-    """GELU by its tanh formula. Compiled it is written with the sigmoid that it equals.
-
-    0.5 (1 + tanh(u)) = sigmoid(2 u), and a GPU computes the sigmoid at the speed of memory, but not the tanh that a
-    compiler finds.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return F.gelu(x, approximate="tanh")
-        wide = x.float()
-        return (wide * torch.sigmoid(wide * (_GELU_LINEAR + _GELU_CUBIC * wide.square()))).to(x.dtype)
-
-
 class QKNorm(nn.Module):
     """Normalisation of queries and keys, each with its own scale."""
 
@@ -100,6 +84,23 @@ class QKNorm(nn.Module):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.query_norm(q), self.key_norm(k)
 
+    @property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Those of queries and of keys, each [D / H]."""
+        return self.query_norm.scale, self.key_norm.scale
+
+
+def normalised(qkv: Tensor, norm: QKNorm, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, normalised, and values, each [B, H, L, D / H], of `qkv` [B, L, 3 D]."""
+    q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=num_heads).unbind(0)
+    q, k = norm(q, k)
+    return q, k, v
+
+
+def rotated(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Heads:
+    """Queries and keys turned by the tokens' positions, in the dtype of the values."""
+    return Heads(rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype), v)
+
 
 class SelfAttention(nn.Module):
     """The projections of one stream; the attention itself is joint and lives in the block."""
@@ -110,12 +111,6 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.norm = QKNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries and keys, and values, of `x` [B, L, D]: each [B, H, L, D / H]."""
-        q, k, v = rearrange(self.qkv(x), "b l (k h d) -> k b h l d", k=3, h=self.num_heads).unbind(0)
-        q, k = self.norm(q, k)
-        return q, k, v
 
 
 class ModulationOut(NamedTuple):
@@ -146,6 +141,8 @@ class Modulation(nn.Module):
 class DoubleStreamBlock(nn.Module):
     """Image and text streams with weights of their own and one joint attention."""
 
+    one_pass = False  # whether the operators of library.models.heads are taken where the block is compiled
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.img_mod = Modulation(hidden_size, double=True)
@@ -159,21 +156,20 @@ class DoubleStreamBlock(nn.Module):
         self.txt_norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=EPSILON)
         self.txt_mlp = _mlp(hidden_size, mlp_hidden)
 
+    @property
+    def qk_norms(self) -> tuple[QKNorm, ...]:
+        """The normalisations of queries and keys."""
+        return self.img_attn.norm, self.txt_attn.norm
+
     def forward(
         self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`img` [B, N, D] and `txt` [B, T, D] after the block; `rotation` and `mask` cover [txt, img]."""
         img_attn_mod, img_mlp_mod = self.img_mod(vec)
         txt_attn_mod, txt_mlp_mod = self.txt_mod(vec)
-        img_q, img_k, img_v = self.img_attn.heads(img_attn_mod.enter(self.img_norm1(img)))
-        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_attn_mod.enter(self.txt_norm1(txt)))
-        joint = attention(
-            torch.cat((txt_q, img_q), dim=2),
-            torch.cat((txt_k, img_k), dim=2),
-            torch.cat((txt_v, img_v), dim=2),
-            rotation,
-            mask,
-        )
+        img_qkv = self.img_attn.qkv(img_attn_mod.enter(self.img_norm1(img)))
+        txt_qkv = self.txt_attn.qkv(txt_attn_mod.enter(self.txt_norm1(txt)))
+        joint = attention(self._heads(txt_qkv, img_qkv, rotation), mask)
         txt_out, img_out = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
         img = torch.addcmul(img, img_attn_mod.gate, self.img_attn.proj(img_out))
         img = torch.addcmul(img, img_mlp_mod.gate, self.img_mlp(img_mlp_mod.enter(self.img_norm2(img))))
@@ -181,9 +177,20 @@ class DoubleStreamBlock(nn.Module):
         txt = torch.addcmul(txt, txt_mlp_mod.gate, self.txt_mlp(txt_mlp_mod.enter(self.txt_norm2(txt))))
         return img, txt
 
+    def _heads(self, txt_qkv: Tensor, img_qkv: Tensor, rotation: Rotation) -> Heads:
+        """Normalised and rotated queries and keys, and values, of both streams."""
+        txt, img, num_heads = self.txt_attn.norm, self.img_attn.norm, self.img_attn.num_heads
+        if self.one_pass and torch.compiler.is_compiling():
+            return join_streams(txt_qkv, img_qkv, txt.scales, img.scales, rotation, num_heads)
+        streams = (normalised(txt_qkv, txt, num_heads), normalised(img_qkv, img, num_heads))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*streams, strict=True))
+        return rotated(q, k, v, rotation)
+
 
 class SingleStreamBlock(nn.Module):
     """One stream of text and image tokens; attention and MLP side by side behind a shared Linear."""
+
+    one_pass = False  # as in a double block
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden: int) -> None:
         super().__init__()
@@ -196,15 +203,22 @@ class SingleStreamBlock(nn.Module):
         self.mlp_act = GELU()
         self.modulation = Modulation(hidden_size, double=False)
 
+    @property
+    def qk_norms(self) -> tuple[QKNorm, ...]:
+        """The normalisation of queries and keys."""
+        return (self.norm,)
+
     def forward(self, x: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None = None) -> Tensor:
         """`x` [B, L, D] after the block."""
         (mod,) = self.modulation(vec)
         inner = self.linear1(mod.enter(self.pre_norm(x)))
-        qkv, mlp = inner[..., : 3 * self.hidden_size], inner[..., 3 * self.hidden_size :]
-        q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=self.num_heads).unbind(0)
-        q, k = self.norm(q, k)
-        attended = attention(q, k, v, rotation, mask)
-        return torch.addcmul(x, mod.gate, self.linear2(torch.cat((attended, self.mlp_act(mlp)), dim=-1)))
+        if self.one_pass and torch.compiler.is_compiling():
+            heads, mlp = split_inner(inner, self.norm.scales, rotation, self.num_heads)
+        else:
+            qkv, mlp = inner[..., : 3 * self.hidden_size], inner[..., 3 * self.hidden_size :]
+            heads = rotated(*normalised(qkv, self.norm, self.num_heads), rotation)
+            mlp = self.mlp_act(mlp)
+        return torch.addcmul(x, mod.gate, self.linear2(torch.cat((attention(heads, mask), mlp), dim=-1)))
 
 
 class LastLayer(nn.Module):

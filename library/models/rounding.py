@@ -19,9 +19,13 @@ LONG_ROW = 4096  # numbers; shorter rows are rounded by the compiler together wi
 
 def round_rows(x: Tensor, dtype: torch.dtype, by_column: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`x` [T, n], times `by_column` [1, n], rounded to 8 bits, and the scales [T, 1] float32 to be multiplied with."""
-    if dtype == FP8 and x.is_cuda and x.shape[1] > LONG_ROW and _has_kernel():
+    if dtype == FP8 and x.is_cuda and x.shape[1] > LONG_ROW:
         rounded: tuple[Tensor, Tensor] = torch.ops.polyrank.round_rows(x, by_column)
         return rounded
+    return _by_formula(x, dtype, by_column)
+
+
+def _by_formula(x: Tensor, dtype: torch.dtype, by_column: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = x.float()
     if by_column is not None:
         wide = wide * by_column
@@ -36,12 +40,17 @@ def to_8_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _has_kernel() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _kernel() -> Any:
+    """The kernel, or None where there is no compiler of it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("library.models.rounding_kernel")
 
 
 def _round_rows(x: Tensor, by_column: Tensor | None) -> tuple[Tensor, Tensor]:
-    kernel: Any = importlib.import_module("library.models.rounding_kernel")
+    kernel = _kernel()
+    if kernel is None:
+        return _by_formula(x, FP8, by_column)
     rounded: tuple[Tensor, Tensor] = kernel.round_rows(x, by_column, SMALLEST_SCALE)
     return rounded
 

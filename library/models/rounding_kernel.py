@@ -6,8 +6,6 @@ largest number and rounding; what a compiler makes of the same arithmetic reads 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,14 +13,14 @@ from torch import Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kernel(  # noqa: PLR0913 (a kernel's arguments)
-    x: Any,
-    by_column: Any,
-    rounded: Any,
-    scales: Any,
-    columns: Any,
-    x_stride: Any,
-    smallest: Any,
+def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 (a kernel's arguments)
+    x,  # noqa: ANN001
+    by_column,  # noqa: ANN001
+    rounded,  # noqa: ANN001
+    scales,  # noqa: ANN001
+    columns,  # noqa: ANN001
+    x_stride,  # noqa: ANN001
+    smallest,  # noqa: ANN001
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

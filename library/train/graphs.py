@@ -114,6 +114,9 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        gradients = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None  # the recorded step makes them anew, which costs no kernel for each
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what ordinary steps held is needed for the recorded one
         before = torch.cuda.memory_reserved()
@@ -125,15 +128,24 @@ class StepGraphs:
             lines = str(error).strip().splitlines()
             self._give_up(f"a step cannot be recorded ({type(error).__name__}: {lines[0] if lines else ''})")
             return None
+        finally:
+            made = [parameter.grad for parameter in self._parameters]
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
         held = torch.cuda.memory_reserved() - before
         wanted = max(RESERVE, held if self._several and not self._recorded else 0)
         if torch.cuda.mem_get_info()[0] < wanted:
-            del graph, output
+            del graph, output, made
             self._give_up(f"recorded steps hold {held / 1e9:.1f} GB, which leaves too little for others")
             return None
         logger.debug("cuda_graphs: recorded a step, %.1f GB", held / 1e9)
         self._addresses = self._where()
-        return _Recorded(graph, inputs, output)
+        pairs = [
+            (sum_, one)
+            for sum_, one in zip(gradients, made, strict=True)
+            if sum_ is not None and one is not None
+        ]
+        return _Recorded(graph, inputs, output, [sum_ for sum_, _ in pairs], [one for _, one in pairs])
 
     def _give_up(self, reason: str) -> None:
         self._given_up = True
@@ -159,11 +171,14 @@ class _Recorded:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Any, ...]
     output: Tensor
+    gradients: list[Tensor]  # of the optimizer step so far
+    made: list[Tensor]  # by the recorded micro-step
 
     def replay(self, arguments: tuple[Any, ...]) -> Tensor:
         for place, tensor in zip(_tensors(self.inputs), _tensors(arguments), strict=True):
             place.copy_(tensor, non_blocking=True)
         self.graph.replay()
+        torch._foreach_add_(self.gradients, self.made)
         return self.output.clone()  # the next replay, of whatever shape, writes over it
 
 
