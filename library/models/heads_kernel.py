@@ -116,7 +116,7 @@ def forward(
     batch, length, _, width = q.shape
     grid = (qkv.shape[1], batch, 2 if v is None else 3)
     _forward[grid](
-        qkv, q_scale, k_scale, cos, sin, q, k, v, length, first, qkv.stride(1), qkv.stride(0), epsilon,
+        qkv, q_scale, k_scale, cos, sin, q, k, q if v is None else v, length, first, qkv.stride(1), qkv.stride(0), epsilon,
         HEADS=heads, SPACE=triton.next_power_of_2(heads), WIDTH=width, num_warps=4,
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def backward(
     mlp_strides = (0, 0) if grad_mlp is None else grad_mlp.stride()[:2]
     strides = (stride for grad in grads for stride in grad.stride()[:3])
     _backward[(tokens, batch, 3 + triton.cdiv(mlp, heads * width))](
-        *grads, grad_mlp, inner, q_scale, k_scale, cos, sin, out,
+        *grads, grads[0] if grad_mlp is None else grad_mlp, inner, q_scale, k_scale, cos, sin, out,
         length, first, inner.stride(1), inner.stride(0), out.stride(1), out.stride(0),
         *strides, *mlp_strides, mlp, epsilon, *gelu,
         HEADS=heads, SPACE=triton.next_power_of_2(heads), WIDTH=width, num_warps=4,
