@@ -98,14 +98,14 @@ def _backward(
         tl.store(out + within, (size * (back - normal * along)).to(x.dtype), mask=inside)
     else:
         column = start - 3 * HEADS * WIDTH + within
-        inside &= column < mlp_width
-        x = tl.load(row + within, mask=inside, other=0.0)
-        grad = tl.load(grad_mlp + batch * mlp_batch + token * mlp_token + column, mask=inside, other=0.0)
+        here = inside & (column < mlp_width)
+        x = tl.load(row + within, mask=here, other=0.0)
+        grad = tl.load(grad_mlp + batch * mlp_batch + token * mlp_token + column, mask=here, other=0.0)
         wide = x.to(tl.float32)
         square = wide * wide
         share = tl.sigmoid(wide * (linear + cubic * square))
         slope = share + wide * share * (1 - share) * (linear + 3 * cubic * square)
-        tl.store(out + within, (grad.to(tl.float32) * slope).to(x.dtype), mask=inside)
+        tl.store(out + within, (grad.to(tl.float32) * slope).to(x.dtype), mask=here)
 
 
 def forward(
