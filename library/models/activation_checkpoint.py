@@ -31,8 +31,7 @@ _FACTORS = {
     "aten.addmm.default": (1, 2, 1),
     "aten._scaled_mm.default": (0, 1, 1),
     "aten._int_mm.default": (0, 1, 1),
-    "polyrank.joined.default": (0, 1, 0),
-    "polyrank.scaled_joined.default": (0, 2, 1),
+    "polyrank.joined.default": (0, 3, 0),
 }
 _IN_FLIGHT = 2  # tensors whose copy may be under way in each direction: a double block has two large inputs
 

@@ -116,7 +116,8 @@ def forward(
     batch, length, _, width = q.shape
     grid = (qkv.shape[1], batch, 2 if v is None else 3)
     _forward[grid](
-        qkv, q_scale, k_scale, cos, sin, q, k, q if v is None else v, length, first, qkv.stride(1), qkv.stride(0), epsilon,
+        qkv, q_scale, k_scale, cos, sin, q, k, q if v is None else v, length, first, qkv.stride(1), qkv.stride(0),
+        epsilon,
         HEADS=heads, SPACE=triton.next_power_of_2(heads), WIDTH=width, num_warps=4,
     )  # fmt: skip
 

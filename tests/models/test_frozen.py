@@ -11,6 +11,7 @@ from torch import nn
 from library.config.sections.network import NetworkConfig
 from library.models import frozen
 from library.models.precision import block_linears, store_blocks_in_fp8
+from library.models.rounding import round_rows
 from networks.interface import create
 from networks.layers import Dropouts, LoRALinear
 from networks.targets import Candidate, Target
@@ -80,14 +81,36 @@ def test_the_joined_operators_hold_torchs_contract():
     x, (down, up), linear = inputs().detach().flatten(0, 1), factors(), layer()
     down, up = down.detach(), up.detach()
     checks = ("test_schema", "test_faketensor")
-    operators.opcheck(torch.ops.polyrank.joined, (x, linear.weight, linear.bias, down, up), test_utils=checks)
-    out, hidden = torch.ops.polyrank.joined(x, linear.weight, None, down, up)
+    plain = (x, None, None, linear.weight, None, linear.bias, down, up)
+    operators.opcheck(torch.ops.polyrank.joined, plain, test_utils=checks)
+    out, hidden = torch.ops.polyrank.joined(*plain)
+    grad, weight = torch.randn_like(out), linear.weight
+    frozen.store_scaled(linear, "fp8", keep_transposed=False)
+    scaled = (x, *round_rows(x, frozen.NARROW), linear.weight, linear.weight_scale, linear.bias, down, up)
+    operators.opcheck(torch.ops.polyrank.joined, scaled, test_utils=checks[1:])  # the first multiplies 8 bits
     for needs in (True, False):
-        operators.opcheck(
-            torch.ops.polyrank.joined_backward,
-            (torch.randn_like(out), x, linear.weight, hidden, down, up, needs),
-            test_utils=checks,
-        )
+        for rounded in ((None, None, weight), (*round_rows(grad, frozen.NARROW), linear.weight)):
+            operators.opcheck(
+                torch.ops.polyrank.joined_backward,
+                (grad, *rounded, x, hidden, down, up, needs),
+                test_utils=checks[1:],
+            )
+
+
+def test_a_scaled_product_takes_the_adapter_along():
+    (down, up), (plain_down, plain_up) = factors(), factors()
+    linear, x, reference = layer(), inputs(), inputs()
+    frozen.store_scaled(linear, "fp8", keep_transposed=True)
+    frozen.install_joining(linear)
+    out = linear.forward(x, low_rank=(down, up))
+    base = linear.forward(reference)
+    expected = base + (reference @ plain_down.T) @ plain_up.T
+    assert by_row(out, expected) < 1e-5
+    direction = torch.randn_like(expected)
+    out.backward(direction)
+    expected.backward(direction)
+    for got, wanted in ((x, reference), (down, plain_down), (up, plain_up)):
+        assert difference(got.grad, wanted.grad) < 1e-5
 
 
 @pytest.mark.parametrize("keep_transposed", [False, True])
