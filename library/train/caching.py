@@ -37,6 +37,7 @@ from library.config.train_config import TrainConfig
 from library.data.dataset import TrainingData
 from library.data.records import TextCond
 from library.distributed.base import Backend
+from library.flow.noise import on_device
 from library.models.autoencoder import AutoEncoder
 from library.train.loading import ModelLoader
 from library.train.prepare import Data
@@ -168,8 +169,8 @@ def image_encoder(
 
     @torch.no_grad()
     def encode(images: Tensor, noise: Tensor | None) -> Tensor:
-        drawn = None if noise is None else noise.to(device, dtype)
-        return autoencoder.encode(images.to(device, dtype), drawn).float()
+        drawn = None if noise is None else on_device(noise, device).to(dtype)
+        return autoencoder.encode(on_device(images, device).to(dtype), drawn).float()
 
     return encode
 
