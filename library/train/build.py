@@ -100,6 +100,8 @@ def wanted_prompts(config: TrainConfig) -> LoadedPrompts:
 def build_trained(job: Job) -> Trained:
     """Load the transformer and the live text encoders, put the network on them, make optimizer and schedule."""
     config, device, loader = job.config, job.backend.load_device, job.loader
+    speed = Speed(config, job.backend.world.device)
+    speed.before_weights()
     transformer = loader.transformer(device)
     clip_l, t5 = live_text_encoders(config, loader, device)
     encoders: list[nn.Module] = [e for e in (clip_l, t5) if e is not None] if trains_text(config) else []
@@ -111,7 +113,6 @@ def build_trained(job: Job) -> Trained:
             "away; merge it into the model file first, or leave fp8_base out"
         )
     merge_base_weights(config.network, text_encoders=encoders, transformer=transformer)
-    speed = Speed(config, job.backend.world.device)
     speed.before_network(transformer)
     network = create(config.network, text_encoders=encoders, transformer=transformer)
     network.prepare(config.flat())

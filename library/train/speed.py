@@ -7,6 +7,7 @@ is measured: docs/performance.md.
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,13 +57,21 @@ class Speed:
         spare = not (memory.gradient_checkpointing or memory.blocks_to_swap)
         frozen.store_scaled(linear, self.scaled, keep_transposed=spare, device=self.device)
 
+    def before_weights(self) -> None:
+        """Begin to try the kernels of attention, which may take as long as reading the weights."""
+        _ = self._attention
+
+    @cached_property
+    def _attention(self) -> Future[attention.Verdict] | None:
+        return attention.begin(
+            device=self.device, dtype=DTYPES[self.config.training.mixed_precision],
+            compiled=self.config.memory.compile_blocks != "off",
+        )  # fmt: skip
+
     def before_network(self, transformer: Flux) -> None:
         """Settle attention and frozen products: base weights are merged, nothing is on the layers yet."""
         memory = self.config.memory
-        attention.settle(
-            memory.attention, device=self.device, dtype=DTYPES[self.config.training.mixed_precision],
-            compiled=memory.compile_blocks != "off",
-        )  # fmt: skip
+        attention.settle(memory.attention, self._attention, device=self.device)
         linears = block_linears(transformer)
         if self.scaled is not None:
             for linear in linears:
