@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
@@ -22,6 +22,7 @@ from library.models.text_encoders import ClipL, T5Encoder
 from library.optim import factory, schedules
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
+from library.startup import StartClock
 from library.train.caching import image_encoder
 from library.train.checkpoint import SavedRun
 from library.train.graphs import has_chance
@@ -49,6 +50,7 @@ class Job:
     state: TrainState
     prompts: tuple[SamplePrompt, ...]
     conditions: Mapping[str, TextCond]  # of the sample prompts, by text
+    clock: StartClock = field(default_factory=StartClock)  # what it took to get here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,7 @@ def build_trained(job: Job) -> Trained:
     speed.before_weights()
     transformer = loader.transformer(device)
     clip_l, t5 = live_text_encoders(config, loader, device)
+    job.clock.mark("weights")
     encoders: list[nn.Module] = [e for e in (clip_l, t5) if e is not None] if trains_text(config) else []
     # Initial weights come from torch's global generator: the same on every rank, whatever ran before.
     torch.manual_seed(randomness.integer(job.state.seed, "network initialisation"))
@@ -114,6 +117,7 @@ def build_trained(job: Job) -> Trained:
         )
     merge_base_weights(config.network, text_encoders=encoders, transformer=transformer)
     speed.before_network(transformer)
+    job.clock.mark("attention")
     network = create(config.network, text_encoders=encoders, transformer=transformer)
     network.prepare(config.flat())
     network.apply()
@@ -154,6 +158,7 @@ def build_trained(job: Job) -> Trained:
         ),
     )
     root.train()
+    job.clock.mark("network")
     speed.after_network(
         transformer, steps=job.data.plan.total_steps - job.state.step, shapes=token_shapes(job)
     )
