@@ -14,9 +14,9 @@ from library.adapters.text import FluxTextEncoders
 from library.cache.text import OutputSize, TextOptions
 from library.models import tiny
 from library.models.autoencoder import AutoEncoder
+from library.models.locate import locate
 from library.models.params import AutoEncoderParams, ClipParams, FluxParams, T5Params
 from library.models.text_encoders import ClipL, T5Encoder
-from library.models.tiny import ensure_tiny_flux
 from library.models.tokenizers import FluxTokenizers
 from library.train.loading import ModelLoader
 
@@ -88,7 +88,9 @@ class RandomEncoders(ModelLoader):
         return FluxTextEncoders(
             clip_l=clip_l,
             t5=random_model(lambda: T5Encoder(self.sizes.t5), device=device, dtype=self.dtype),
-            tokenizers=FluxTokenizers.load(ensure_tiny_flux(), t5_length=self.t5_length),
+            tokenizers=FluxTokenizers.load(
+                locate(tiny.NAME, "tokenizers", "tokenizer_cache_dir"), t5_length=self.t5_length
+            ),
             apply_t5_attn_mask=self.config.model.apply_t5_attn_mask,
             autocast_dtype=self.autocast_dtype,
         )
