@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,8 +15,10 @@ from torch import nn
 
 from library.adapters.text import FluxTextEncoders
 from library.cache.text import OutputSize, TextOptions
+from library.files.atomic import replacing
 from library.models import tiny
 from library.models.autoencoder import AutoEncoder
+from library.models.flux import Flux
 from library.models.locate import locate
 from library.models.params import AutoEncoderParams, ClipParams, FluxParams, T5Params
 from library.models.text_encoders import ClipL, T5Encoder
@@ -112,3 +117,25 @@ class RandomEncoders(ModelLoader):
         """How large the text encoders' outputs are."""
         sizes = self.sizes
         return OutputSize(sizes.clip_l.hidden_size, sizes.t5.d_model, self.t5_length, self.dtype.itemsize)
+
+
+def write_random_flux(path: Path, params: FluxParams, *, device: torch.device) -> None:
+    """A transformer of random bfloat16 weights as a safetensors file, one tensor at a time. Raises OSError."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Flux(params).state_dict().items()}
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * shape.numel()
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    generator = torch.Generator(device=device).manual_seed(0)
+    drawn = torch.randn(1 << 20, generator=generator, device=device).mul_(0.02).bfloat16()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name, shape in shapes.items():
+            if name.endswith("scale"):
+                values = torch.ones(shape.numel(), dtype=torch.bfloat16)
+            else:
+                values = drawn.repeat(-(-shape.numel() // drawn.numel()))[: shape.numel()].cpu()
+            values.view(torch.uint8).numpy().tofile(file)
