@@ -44,7 +44,7 @@ from library.train.saving import Saver
 from library.train.setup import batches, build_trainer, connected, wrap
 from library.train.state import TrainState
 from library.train.trainer import StepReport, Trainer
-from tools.bench_data import SIZES, RandomLoader, random_files, synthetic_data
+from tools.bench_data import IMAGES_PER_SIZE, SIZES, RandomLoader, random_files, synthetic_data
 from tools.bench_split import split
 
 # Dense bf16 TFLOP/s with float32 sums, from the makers' data sheets (boards in servers, at full power)
@@ -94,11 +94,16 @@ def flops_per_sample(params: FluxParams, tokens: int) -> float:
 
 
 def assemble(
-    config: TrainConfig, backend: Backend, params: FluxParams, resolutions: Sequence[tuple[int, int]]
+    config: TrainConfig,
+    backend: Backend,
+    params: FluxParams,
+    resolutions: Sequence[tuple[int, int]],
+    *,
+    images: int = IMAGES_PER_SIZE,
 ) -> tuple[Job, Trained, Trainer]:
     """A run over synthetic data, with a `Stopwatch` as its listener; `batches(job)` are its micro-batches."""
     loader = RandomLoader(config, random_files(params), params)
-    data = synthetic_data(config, loader, resolutions, world=backend.world.size)
+    data = synthetic_data(config, loader, resolutions, world=backend.world.size, images=images)
     state = TrainState(
         step=0,
         seed=0,
