@@ -103,7 +103,8 @@ def build_trained(job: Job) -> Trained:
     """Load the transformer and the live text encoders, put the network on them, make optimizer and schedule."""
     config, device, loader = job.config, job.backend.load_device, job.loader
     speed = Speed(config, job.backend.world.device)
-    speed.before_weights()
+    steps = job.data.plan.total_steps - job.state.step
+    speed.before_weights(steps=steps)
     transformer = loader.transformer(device)
     clip_l, t5 = live_text_encoders(config, loader, device)
     job.clock.mark("weights")
@@ -159,9 +160,7 @@ def build_trained(job: Job) -> Trained:
     )
     root.train()
     job.clock.mark("network")
-    speed.after_network(
-        transformer, steps=job.data.plan.total_steps - job.state.step, shapes=token_shapes(job)
-    )
+    speed.after_network(transformer, steps=steps, shapes=token_shapes(job))
     return Trained(root=root, network=network, optimizer=optimizer, schedule=schedule)
 
 
