@@ -72,7 +72,7 @@ def prepare_folder(folder: Path, size: str, rest: Sequence[str]) -> tuple[str, .
     options = {
         "pretrained_model_name_or_path": str(weights), "ae": str(small / "ae.safetensors"),
         "clip_l": str(small / "clip_l.safetensors"), "t5xxl": str(small / "t5xxl.safetensors"),
-        "tokenizer_cache_dir": str(small), "train_data_dir": str(folder / "pictures"),
+        "tokenizer_cache_dir": str(small / "tokenizers"), "train_data_dir": str(folder / "pictures"),
         "output_dir": str(folder / "output"), "network_module": "networks.lora_flux", "network_dim": "16",
         "network_alpha": "16", "learning_rate": "1e-4", "resolution": f"{side},{side}", "mixed_precision": "bf16",
         "max_train_steps": "1000", "guidance_scale": "1.0", "timestep_sampling": "shift", "seed": "1",
