@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from library.adapters.pictures import image_encoder
 from library.adapters.text import FluxTextEncoders
 from library.cache.build import posterior_noise
 from library.cache.latents import latent_needs
@@ -39,7 +40,7 @@ from library.data.resize import resize
 from library.distributed.base import Backend
 from library.log import setup_logging
 from library.models.autoencoder import AutoEncoder
-from library.train.caching import CAPTION_BATCH, CachingPhase, free_memory, image_encoder
+from library.train.caching import CAPTION_BATCH, CachingPhase, free_memory
 from library.train.prepare import Data, ModelFiles, read_data
 from library.train.setup import connected
 from tools.bench_models import MODEL_SIZES, RandomEncoders

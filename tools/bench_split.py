@@ -90,6 +90,18 @@ class Split:
         return {phase: round(total / self.steps, 5) for phase, total in totals.items()}
 
 
+def splits(trainer: Trainer, stream: Iterator[Batch], steps: int) -> dict[str, dict[str, float]]:
+    """The split of steps as they are made, and, where they are recorded, of steps launched kernel by kernel: in a
+    recorded one all up to the clipping is `rest`.
+    """
+    found = {"split": split(trainer, stream, steps)}
+    if trainer.graphs is not None:
+        recorded, trainer.graphs = trainer.graphs, None
+        found["split_unrecorded"] = split(trainer, stream, steps)
+        trainer.graphs = recorded
+    return found
+
+
 def split(trainer: Trainer, stream: Iterator[Batch], steps: int) -> dict[str, float]:
     """Train `steps` more and tell where their time went; with several ranks, how long NCCL's kernels ran as well."""
     device = trainer.backend.world.device

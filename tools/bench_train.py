@@ -45,7 +45,7 @@ from library.train.setup import batches, build_trainer, connected, wrap
 from library.train.state import TrainState
 from library.train.trainer import StepReport, Trainer
 from tools.bench_data import IMAGES_PER_SIZE, SIZES, RandomLoader, random_files, synthetic_data
-from tools.bench_split import split
+from tools.bench_split import splits
 
 # Dense bf16 TFLOP/s with float32 sums, from the makers' data sheets (boards in servers, at full power)
 PEAK_TERAFLOPS = {
@@ -151,16 +151,14 @@ def measure(
     elapsed = time.perf_counter() - started
     if arguments.profile:
         profile(reports, Path(arguments.profile))
-    parts = split(trainer, stream, arguments.split) if arguments.split else {}
+    parts = splits(trainer, stream, arguments.split) if arguments.split else {}
     saved = saving(job, trained, trainer.state) if arguments.save else {}
     seconds = watch.seconds[arguments.warmup :]
     measured = shapes[:: trainer.limits.micro_steps][arguments.warmup :]  # one of a step's: they are alike
+    measured = measured[: len(seconds)]  # a step more may be on its way
     samples = sum(watch.samples[arguments.warmup :])
     length = job.loader.t5_length
-    flops = statistics.mean(
-        flops_per_sample(params, tokens_of(shape, length))
-        for shape, _ in zip(measured, seconds, strict=False)
-    )
+    flops = statistics.mean(flops_per_sample(params, tokens_of(shape, length)) for shape in measured)
     rate = flops * samples / elapsed / backend.world.size / 1e12
     peak = peak_teraflops(torch.cuda.get_device_name()) if cuda else None
     return {
@@ -181,7 +179,7 @@ def measure(
         "peak_gb_reserved": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
         "compiled_graphs": compiled_graphs(),
         "compiled_graphs_after_warmup": compiled_graphs() - graphs,
-        **({"split": parts} if parts else {}),
+        **parts,
         "losses": [round(loss, 5) for loss in (watch.losses[0], watch.losses[-1])],
         **saved,
     }
@@ -212,7 +210,7 @@ def by_shape(
     """Medians of each shape, and how the mean of a mixed step compares with those of steps of one shape."""
     if len(set(shapes)) < 2:
         return {}
-    pairs = list(zip(shapes, seconds, strict=False))
+    pairs = list(zip(shapes, seconds, strict=True))
     medians = {
         shape: statistics.median(s for one, s in pairs if one == shape) for shape in sorted(set(shapes))
     }

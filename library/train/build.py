@@ -12,6 +12,7 @@ from torch import nn
 
 from library import randomness
 from library.adapters.flux import TEXT_LENGTHS, FluxAdapter, FluxTrainModule, ForwardSettings
+from library.adapters.pictures import image_encoder
 from library.config.prompts import LoadedPrompts, SamplePrompt, load_prompts
 from library.config.sections.memory import MemoryConfig
 from library.config.train_config import TrainConfig
@@ -23,7 +24,6 @@ from library.optim import factory, schedules
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.startup import StartClock
-from library.train.caching import image_encoder
 from library.train.checkpoint import SavedRun
 from library.train.graphs import has_chance
 from library.train.loading import ModelLoader

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from library.adapters.base import ModelAdapter
-from library.config.load import LoadedConfig
+from library.config.loaded import LoadedConfig
 from library.config.notices import refuse
 from library.config.prompts import SamplePrompt
 from library.config.show import output_config
