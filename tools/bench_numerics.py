@@ -86,7 +86,7 @@ def differentiate(
         trainer.backend.backward(loss)
         predictions.append(prediction.detach().float().cpu())
     gradients = {
-        name: parameter.grad.detach().float().cpu()
+        name: parameter.grad.detach().float().cpu().clone()
         for name, parameter in network.module.named_parameters()
         if parameter.grad is not None
     }
