@@ -125,6 +125,9 @@ def test_two_resolutions_of_one_picture_are_written_one_after_the_other(tmp_path
         assert latents.check_file([need], encoder="ae") == [latents.Entry.VALID]
 
 
-def test_arriving_on_a_cpu_is_there_at_once():
-    tensor = torch.arange(6.0)
-    assert torch.equal(Arriving(tensor, tensor * 2).wait()[1], tensor * 2)
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_what_arrives_is_what_the_device_had_then(device):
+    tensor = torch.arange(6.0, device=device)
+    arriving = Arriving(tensor, tensor * 2)
+    first, second = arriving.wait()
+    assert (first.device.type, second.tolist()) == ("cpu", [0, 2, 4, 6, 8, 10])

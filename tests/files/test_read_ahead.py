@@ -40,6 +40,22 @@ def test_tensors_come_in_the_order_asked_for(files):
         assert torch.equal(tensor.float(), expected.float())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_that_still_works_with_memory_it_was_told_to_free(files):
+    header = read_header(files[0])
+    kept = load_file(header.path)
+    device = torch.device("cuda")
+    large = torch.randn(4096, 4096, device=device)
+    wanted = [(header, name) for name in header.tensors] * 20
+    for (_, name), tensor in zip(wanted, read_ahead.read_ahead(wanted, device), strict=True):
+        work = [torch.full((250, 4), 7.0, device=device) for _ in range(4)]
+        large = large @ large / 64  # a queue of work; what `work` held is freed behind it
+        for one in work:
+            one.add_(large[0, 0])
+        del work, one
+        assert torch.equal(tensor.cpu().float(), kept[name].float())
+
+
 def test_a_reader_that_stops_early_leaves_no_thread(files):
     header = read_header(files[0])
     stream = read_ahead.read_ahead([(header, name) for name in header.tensors], CPU)
