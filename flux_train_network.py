@@ -20,6 +20,7 @@ from pathlib import Path
 import library
 from library.config.load import load_config
 from library.errors import Interrupted, NothingToDo, TrainerError, UserError
+from library.startup import StartClock
 
 # What a disk says that is full, read-only or gone, which is no bug of ours
 STORAGE = (
@@ -43,6 +44,7 @@ def check_own_library() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trainer with command-line `arguments` (without the program's name). Returns the exit code."""
+    clock = StartClock()
     try:
         check_own_library()
         loaded = load_config(sys.argv[1:] if arguments is None else arguments)
@@ -50,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # four times as long); a short spin is as fast on a quiet machine. Read by OpenMP when torch is imported.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         # torch takes seconds to import: --help, a wrong option and a missing file answer without it.
+        clock.mark("config")
         from library.train.setup import run  # noqa: PLC0415
 
-        run(loaded)
+        clock.mark("imports")
+        run(loaded, clock)
     except TrainerError as error:
         if os.environ.get("RANK", "0") != "0":
             # What every rank finds wrong, rank 0 says; the launcher ends the others meanwhile.

@@ -103,9 +103,9 @@ class RandomText:
 
 
 def synthetic_data(
-    config: TrainConfig, loader: RandomLoader, sizes: Sequence[tuple[int, int]], *, world: int
+    config: TrainConfig, loader: RandomLoader, sizes: Sequence[tuple[int, int]], *, world: int, images: int
 ) -> Data:
-    """Cached pictures of each of `sizes` in buckets of their own."""
+    """So many cached pictures of each of `sizes`, in buckets of their own."""
     # Pictures of a smaller area keep their size; one of a larger area than this would be scaled down.
     largest = max(sizes, key=lambda size: size[0] * size[1])
     dataset = DatasetSettings(
@@ -117,7 +117,7 @@ def synthetic_data(
             key=f"0/synthetic/{number}", file=f"synthetic/{number}.png", size=size, caption="",
             num_repeats=1, dataset=0, subset=0,
         )
-        for number, size in enumerate(size for size in sizes for _ in range(IMAGES_PER_SIZE))
+        for number, size in enumerate(size for size in sizes for _ in range(images))
     )  # fmt: skip
     training = TrainingData(
         datasets=(dataset,),

@@ -3,9 +3,14 @@
     python -m tools.bench_train --json speed.json
     python -m tools.bench_train --resolutions 1024x1024 --train_batch_size 4 --fp8_base --gradient_checkpointing
     torchrun --nproc_per_node 4 -m tools.bench_train
+    python -m tools.bench_train --resolutions 1024x1024,832x1216,1216x832,768x1344,1344x768 --against speed.json
 
 What runs is the trainer itself (network, optimizer, loop, backend, data loader); only the weights, the latents and the
 text outputs are random, which cost the same time as real ones. Options that are not the tool's own are the trainer's.
+
+`mfu` is the share of the card's dense bf16 rate that the step's own arithmetic takes (nothing that is recomputed
+counts). With several resolutions the result has the median of each, and with --against what steps of one resolution
+took in a file of earlier results, scaled by tokens where one is missing: `mixed_to_single` is the ratio of the means.
 """
 
 from __future__ import annotations
@@ -39,7 +44,14 @@ from library.train.saving import Saver
 from library.train.setup import batches, build_trainer, connected, wrap
 from library.train.state import TrainState
 from library.train.trainer import StepReport, Trainer
-from tools.bench_data import SIZES, RandomLoader, random_files, synthetic_data
+from tools.bench_data import IMAGES_PER_SIZE, SIZES, RandomLoader, random_files, synthetic_data
+from tools.bench_split import splits
+
+# Dense bf16 TFLOP/s with float32 sums, from the makers' data sheets (boards in servers, at full power)
+PEAK_TERAFLOPS = {
+    "H200": 989.0, "H100 80GB HBM3": 989.0, "H100 PCIe": 756.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71.0,
+}  # fmt: skip
 
 
 @dataclass
@@ -82,11 +94,16 @@ def flops_per_sample(params: FluxParams, tokens: int) -> float:
 
 
 def assemble(
-    config: TrainConfig, backend: Backend, params: FluxParams, resolutions: Sequence[tuple[int, int]]
+    config: TrainConfig,
+    backend: Backend,
+    params: FluxParams,
+    resolutions: Sequence[tuple[int, int]],
+    *,
+    images: int = IMAGES_PER_SIZE,
 ) -> tuple[Job, Trained, Trainer]:
     """A run over synthetic data, with a `Stopwatch` as its listener; `batches(job)` are its micro-batches."""
     loader = RandomLoader(config, random_files(params), params)
-    data = synthetic_data(config, loader, resolutions, world=backend.world.size)
+    data = synthetic_data(config, loader, resolutions, world=backend.world.size, images=images)
     state = TrainState(
         step=0,
         seed=0,
@@ -117,7 +134,8 @@ def measure(
 ) -> dict[str, Any]:
     """Train `warmup` + `steps` steps; what they took."""
     job, trained, trainer = assemble(config, backend, params, arguments.resolutions)
-    stream = batches(job)
+    shapes: list[str] = []
+    stream = watched(batches(job), shapes)
     cuda = backend.world.device.type == "cuda"
     watch = Stopwatch()
     reports = read_at_once(trainer, stream) if arguments.read_at_once else trainer.steps(stream)
@@ -127,19 +145,26 @@ def measure(
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             first = time.perf_counter() - started
+            graphs = compiled_graphs()
             started = time.perf_counter()
         watch.on_step(trainer.state, next(reports))
     elapsed = time.perf_counter() - started
     if arguments.profile:
         profile(reports, Path(arguments.profile))
+    parts = splits(trainer, stream, arguments.split) if arguments.split else {}
     saved = saving(job, trained, trainer.state) if arguments.save else {}
     seconds = watch.seconds[arguments.warmup :]
+    measured = shapes[:: trainer.limits.micro_steps][arguments.warmup :]  # one of a step's: they are alike
+    measured = measured[: len(seconds)]  # a step more may be on its way
     samples = sum(watch.samples[arguments.warmup :])
-    tokens = [job.loader.t5_length + (w // 16) * (h // 16) for w, h in arguments.resolutions]
-    flops = statistics.mean(flops_per_sample(params, count) for count in tokens)
+    length = job.loader.t5_length
+    flops = statistics.mean(flops_per_sample(params, tokens_of(shape, length)) for shape in measured)
+    rate = flops * samples / elapsed / backend.world.size / 1e12
+    peak = peak_teraflops(torch.cuda.get_device_name()) if cuda else None
     return {
         "options": arguments.given,
         "ranks": backend.world.size,
+        "resolutions": ["{}x{}".format(*size) for size in arguments.resolutions],
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "trainable_parameters": sum(p.numel() for p in trainer.parameters),
@@ -147,12 +172,73 @@ def measure(
         "seconds_min_max": [round(min(seconds), 4), round(max(seconds), 4)],
         "seconds_warmup": round(first, 2),
         "images_per_second": round(samples / elapsed, 3),
-        "teraflops_per_second": round(flops * samples / elapsed / backend.world.size / 1e12, 1),
+        "teraflops_per_second": round(rate, 1),
+        "mfu": round(rate / peak, 4) if peak else None,
+        **by_shape(seconds, measured, arguments.against, t5_length=length),
         "peak_gb_allocated": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
         "peak_gb_reserved": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else None,
         "compiled_graphs": compiled_graphs(),
+        "compiled_graphs_after_warmup": compiled_graphs() - graphs,
+        **parts,
         "losses": [round(loss, 5) for loss in (watch.losses[0], watch.losses[-1])],
         **saved,
+    }
+
+
+def watched(stream: Iterator[Batch], shapes: list[str]) -> Iterator[Batch]:
+    """The same batches; the size of each picture in pixels is appended to `shapes`."""
+    for batch in stream:
+        assert batch.latents is not None, "the latents are cached"
+        shapes.append(f"{batch.latents.shape[3] * 8}x{batch.latents.shape[2] * 8}")
+        yield batch
+
+
+def tokens_of(shape: str, t5_length: int) -> int:
+    """Tokens of a picture of `shape` ("WxH" in pixels) and its text."""
+    width, height = (int(side) for side in shape.split("x"))
+    return t5_length + (width // 16) * (height // 16)
+
+
+def peak_teraflops(device: str) -> float | None:
+    """What the card multiplies in bf16 at most; None for one that is not in the table."""
+    return next((rate for name, rate in PEAK_TERAFLOPS.items() if name in device), None)
+
+
+def by_shape(
+    seconds: Sequence[float], shapes: Sequence[str], against: Path | None, *, t5_length: int
+) -> dict[str, Any]:
+    """Medians of each shape, and how the mean of a mixed step compares with those of steps of one shape."""
+    if len(set(shapes)) < 2:
+        return {}
+    pairs = list(zip(shapes, seconds, strict=True))
+    medians = {
+        shape: statistics.median(s for one, s in pairs if one == shape) for shape in sorted(set(shapes))
+    }
+    found: dict[str, Any] = {
+        "seconds_by_shape": {shape: round(median, 4) for shape, median in medians.items()}
+    }
+    single = single_bucket_seconds(against) if against is not None else {}
+    if not single:
+        return found
+
+    # The nearest in tokens stands for one that was not measured.
+    def expected(shape: str) -> float:
+        tokens = tokens_of(shape, t5_length)
+        near = min(single, key=lambda one: (one != shape, abs(tokens_of(one, t5_length) - tokens)))
+        return single[near] * tokens / tokens_of(near, t5_length)
+
+    alone = statistics.mean(expected(shape) for shape, _ in pairs)
+    mixed = statistics.mean(medians[shape] for shape, _ in pairs)
+    return {**found, "seconds_single_bucket": round(alone, 4), "mixed_to_single": round(mixed / alone, 4)}
+
+
+def single_bucket_seconds(results: Path) -> dict[str, float]:
+    """Median step by resolution, from earlier results of runs of one resolution; the last of each counts."""
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {
+        line["resolutions"][0]: float(line["seconds_per_step"])
+        for line in lines
+        if len(line.get("resolutions", ())) == 1
     }
 
 
@@ -223,13 +309,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--warmup", type=int, default=4, help="steps before")
     parser.add_argument("--json", metavar="FILE", help="append the result as one line of JSON")
     parser.add_argument("--save", action="store_true", help="time saving and loading too")
+    parser.add_argument(
+        "--split", type=int, default=0, metavar="STEPS", help="tell where the time of more steps goes"
+    )
+    parser.add_argument("--against", type=Path, metavar="FILE", help="results of runs of one resolution")
     parser.add_argument("--profile", metavar="FILE", help="profile two more steps")
     parser.add_argument(
         "--read_at_once", action="store_true", help="read every step's loss before the next step begins"
     )
     own, rest = parser.parse_known_args(argv)
     own.given = list(argv)
-    own.resolutions = [tuple(int(side) for side in text.split("x")) for text in own.resolutions]
+    names = [name for text in own.resolutions for name in text.split(",")]
+    own.resolutions = [tuple(int(side) for side in name.split("x")) for name in names]
     defaults = {
         "pretrained_model_name_or_path": "polyrank/tiny-flux", "train_data_dir": "synthetic",
         "output_dir": tempfile.gettempdir(), "network_module": "networks.lora_flux", "network_dim": "16",

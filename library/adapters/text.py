@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from library.data.records import TextCond
+from library.flow.noise import on_device
 from library.models.text_encoders import ClipL, T5Encoder
 from library.models.tokenizers import FluxTokenizers
 
@@ -31,7 +32,7 @@ class FluxTextEncoders:
     def encode(self, captions: Sequence[str]) -> TextCond:
         """Conditions of `captions`, on the encoders' device."""
         device = next(self.t5.parameters()).device
-        clip, t5, t5_mask = (ids.to(device) for ids in self.tokenizers.tokenize(captions))
+        clip, t5, t5_mask = (on_device(ids, device) for ids in self.tokenizers.tokenize(captions))
         autocast = (
             torch.autocast(device.type, dtype=self._dtype) if self._dtype is not None else nullcontext()
         )

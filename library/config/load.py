@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,23 +17,12 @@ from library.config.implied import apply_implications
 from library.config.importers.recognise import import_file
 from library.config.importers.report import remarks
 from library.config.launcher import launcher_options
+from library.config.loaded import LoadedConfig
 from library.config.notices import Notices, refuse
 from library.config.options import UNSET, Option
 from library.config.strangers import place_strangers
 from library.config.train_config import OPTIONS, TrainConfig
 from library.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedConfig:
-    """A checked config, what there is to say about it, and where each option's value comes from.
-
-    A source is "default", "command line", "train.toml [section] line 7" or "implied by <option>".
-    """
-
-    config: TrainConfig
-    notices: tuple[str, ...]
-    sources: Mapping[str, str]
 
 
 def load_config(argv: Sequence[str]) -> LoadedConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from library.config.effects import effect_of
-from library.config.load import LoadedConfig
+from library.config.loaded import LoadedConfig
 from library.config.options import SECRETS
 from library.config.toml_file import toml_value
 from library.config.train_config import OPTIONS

@@ -4,9 +4,10 @@ torch has several kernels behind `scaled_dot_product_attention`, and some of the
 brought the process down, on some cards in some versions. So each is tried before it is trusted: output and
 gradients of an attention of FLUX's length against the plain formula in float32, with and without a key mask,
 and inside a compiled function where the run compiles. The trial is a process of its own (a kernel that reads
-where it must not takes its process along), and its verdict is kept in the user's cache folder for this GPU,
-driver of kernels and torch, so only the first run waits for it. A trial that fails for a reason that is not the
-kernel's (no memory left beside the model, a signal) judges nothing, and nothing of it is kept.
+where it must not takes its process along) that works while weights are read. Its verdict is kept in the
+user's cache folder for this GPU, driver of kernels and torch, so only the first run may wait for it. A trial
+that fails for a reason that is not the kernel's (no memory left beside the model, a signal) judges nothing,
+and nothing of it is kept.
 
 The choice holds for the whole process. Kernels that failed are switched off in it.
 """
@@ -16,11 +17,13 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,17 +74,27 @@ class TrialDisturbed(Exception):
     """What ended a trial says nothing about a kernel."""
 
 
-def settle(wanted: str, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
+def begin(*, device: torch.device, dtype: torch.dtype, compiled: bool) -> Future[Verdict] | None:
+    """Find the verdict for this machine in the background, for `settle`; None where there is nothing to choose."""
+    if device.type != "cuda":
+        return None
+    pool = ThreadPoolExecutor(1, thread_name_prefix="attention")
+    coming = pool.submit(kept_verdict, device, dtype, compiled=compiled)
+    pool.shutdown(wait=False)
+    return coming
+
+
+def settle(wanted: str, coming: Future[Verdict] | None, *, device: torch.device) -> str:
     """Choose among the kernels (`wanted` is one of them or "auto"), put the choice in effect, return it.
 
-    "auto" comes back where a trial was disturbed and torch chooses.
+    `coming` is what `begin` gave. "auto" comes back where a trial was disturbed and torch chooses.
 
     Raises EnvironmentUnsupported when the kernel asked for fails on this card.
     """
-    if device.type != "cuda":
+    if coming is None:
         return "math" if wanted == "auto" else wanted  # torch's own choice: there is nothing to choose from
     try:
-        verdict = kept_verdict(device, dtype, compiled=compiled)
+        verdict = coming.result()
     except TrialDisturbed as error:
         logger.warning(
             "attention: the kernels could not be tried (%s), so torch chooses; the next run tries", error
@@ -177,10 +190,13 @@ def trial(
 def _run(command: Sequence[str]) -> tuple[str, str]:
     """What a command printed, and what ended it. Raises TrialDisturbed."""
     root = Path(__file__).resolve().parents[2]
+    # Its few small kernels are compiled before a pool of processes for that has started.
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ}
     try:
         ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False, cwd=root
-        )
+            command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False, cwd=root,
+            env=environment,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as expired:
         said = expired.stdout or b""
         return said.decode() if isinstance(said, bytes) else said, f"no answer in {TRIAL_SECONDS} s"
@@ -235,7 +251,7 @@ def time_kernel(name: str, device: torch.device, dtype: torch.dtype) -> float:
     inputs = _inputs(device, dtype, heads=HEADS, length=LENGTH)
     taken = []
     with sdpa_kernel(BACKENDS[name]):
-        for _ in range(5):
+        for _ in range(10):  # some of them may coincide with what the run does to its weights
             _wait(device)
             start = time.perf_counter()
             _differentiate(_attend, inputs, None)
@@ -269,8 +285,8 @@ def _differentiate(
 
 def _inputs(device: torch.device, dtype: torch.dtype, *, heads: int, length: int) -> list[Tensor]:
     """Queries, keys and values as a block makes them: heads of one projection [1, L, 3 H D], not contiguous."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    made = torch.randn(1, length, 3, heads, HEAD, generator=generator).to(device, dtype)
+    generator = torch.Generator(device=device).manual_seed(0)
+    made = torch.randn(1, length, 3, heads, HEAD, generator=generator, device=device).to(dtype)
     return [one.transpose(1, 2).detach().requires_grad_() for one in made.unbind(2)]
 
 

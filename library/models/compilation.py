@@ -39,9 +39,7 @@ class CompiledBlocks:
 
     def __init__(self, blocks: Sequence[nn.Module], *, backend: str, shapes: int) -> None:
         """`shapes` is how many sizes of token streams the run will see."""
-        self._failures = _configure()
-        if backend == "inductor" and importlib.util.find_spec("triton") is not None:
-            start_workers()
+        self._failures = begin(backend)
         self.dynamic = shapes > STATIC_SHAPES
         self._compiled: dict[nn.Module, Callable[..., Any]] = {
             block: torch.compile(block, backend=backend, dynamic=None if self.dynamic else False)
@@ -92,6 +90,17 @@ def pays(*, steps: int, device: torch.device) -> bool:
     return (
         device.type == "cuda" and steps >= WORTHWHILE_STEPS and importlib.util.find_spec("triton") is not None
     )
+
+
+def begin(backend: str) -> type[Exception]:
+    """Set the compiler up and start what it runs beside: worth doing before weights are read. Again is harmless.
+
+    Returns what the compiler raises when it, and not the block, fails.
+    """
+    failure = _configure()
+    if backend == "inductor" and importlib.util.find_spec("triton") is not None:
+        start_workers()
+    return failure
 
 
 def start_workers() -> None:

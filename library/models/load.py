@@ -1,6 +1,6 @@
 """Checkpoints to modules: the four models of FLUX.1 from every layout they come in.
 
-A module is built without memory, then each tensor is read from its file straight to its device and dtype
+A module is built without memory, then each tensor is read from its file straight to its device, cast there,
 and put in place, so host memory holds no second copy. Every tensor must be found and every one used, or a
 sentence says which. Weights come frozen and modules in eval mode. Saving models is left out: only adapters
 are written.
@@ -8,8 +8,8 @@ are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from library.files.safetensors import DTYPES, Reader
+from library.files.read_ahead import read_ahead
+from library.files.safetensors import DTYPES, Header, Reader
 from library.models import precision
 from library.models.autoencoder import AutoEncoder
 from library.models.block_swap import SwapPlan
@@ -40,7 +41,8 @@ class Placement:
 
     `dtype` None keeps each tensor's stored dtype (8-bit tensors outside the blocks become bfloat16).
     `weight_dtype` float8_e4m3fn stores the weights of the blocks' Linear layers in 8 bits whatever `dtype`
-    is. `mmap` maps the files; False reads them with plain file I/O (Kohya's disable_mmap_load_safetensors).
+    is. `mmap` maps the files; False reads them with plain file I/O (Kohya's disable_mmap_load_safetensors), which
+    is what a GPU's weights come by in any case.
     Linear weights of blocks for which `waits` is true go to main memory instead (blocks_to_swap).
     """
 
@@ -152,15 +154,18 @@ def _fill(
     recipes = part.recipes()
     parameters = dict(model.named_parameters())
     _check_names(part, recipes, parameters)
-    with ExitStack() as stack:
-        readers = [stack.enter_context(Reader(header, mmap=placement.mmap)) for header in part.headers]
-        for name, empty in parameters.items():
-            tensors = [_read(part, readers, source, placement.device) for source in recipes[name].sources]
-            tensor = recipes[name].build(tensors, empty.shape)
-            if tensor.shape != empty.shape:
+    # As they lie in the files, which disks read fastest.
+    names = sorted(parameters, key=lambda name: _offset(part, recipes[name].sources[0]))
+    wanted = [place for name in names for source in recipes[name].sources for place in _places(part, source)]
+    with closing(_stored(wanted, placement)) as stored:
+        for name in names:
+            tensors = [_read(part, source, stored) for source in recipes[name].sources]
+            shape = parameters[name].shape
+            tensor = recipes[name].build(tensors, shape)
+            if tensor.shape != shape:
                 raise CheckpointError(
                     f"{part.headers[0].path} holds {recipes[name].sources[0]} as {tuple(tensor.shape)}, "
-                    f"and {tuple(empty.shape)} is needed; the file does not fit together."
+                    f"and {tuple(shape)} is needed; the file does not fit together."
                 )
             # Cast where that is fast; only then is it put away.
             tensor = precision.cast(tensor, placement.dtype_of(name, tensor.dtype))
@@ -176,17 +181,40 @@ def _fill(
     return model.requires_grad_(False).eval()
 
 
-def _read(part: Part, readers: list[Reader], source: str, device: torch.device) -> Tensor:
-    """One stored tensor on `device`, multiplied by its scale if the file has one."""
-    index, stored = part.tensors[source]
-    tensor = readers[index].read(stored).to(device)
-    for suffix in WEIGHT_SCALES:
-        scale_name = source.removesuffix(".weight") + suffix
-        if source.endswith(".weight") and scale_name in part.tensors:
-            index, stored = part.tensors[scale_name]
-            scale = readers[index].read(stored).to(device, torch.float32)
-            return (tensor.float() * scale).to(_DEFAULT_WIDE)
-    return tensor
+def _offset(part: Part, source: str) -> tuple[int, int]:
+    """Where a tensor begins: number of the file, bytes."""
+    return part.tensors[source][0], part.info(source).start
+
+
+def _places(part: Part, source: str) -> list[tuple[Header, str]]:
+    """Where a tensor lies, and behind it its scale if the file has one."""
+    scales = [source.removesuffix(".weight") + suffix for suffix in WEIGHT_SCALES]
+    scale = [name for name in scales if source.endswith(".weight") and name in part.tensors][:1]
+    return [
+        (part.headers[index], stored) for index, stored in map(part.tensors.__getitem__, [source, *scale])
+    ]
+
+
+def _stored(wanted: Sequence[tuple[Header, str]], placement: Placement) -> Generator[Tensor]:
+    """Stored tensors in this order, on the device they go to."""
+    if placement.device.type == "cuda":
+        yield from read_ahead(wanted, placement.device)
+        return
+    with ExitStack() as stack:
+        readers = {
+            path: stack.enter_context(Reader(header, mmap=placement.mmap))
+            for path, header in {header.path: header for header, _ in wanted}.items()
+        }
+        for header, name in wanted:
+            yield readers[header.path].read(name).to(placement.device)
+
+
+def _read(part: Part, source: str, stored: Iterator[Tensor]) -> Tensor:
+    """The next stored tensor, multiplied by its scale if the file has one."""
+    tensor = next(stored)
+    if len(_places(part, source)) == 1:
+        return tensor
+    return (tensor.float() * next(stored).float()).to(_DEFAULT_WIDE)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

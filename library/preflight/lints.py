@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.config.load import LoadedConfig
+from library.config.loaded import LoadedConfig
 from library.config.notices import Notices
 from library.config.rule_context import Context
 from library.preflight.caption_lints import CAPTION_LINTS

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from library.config.load import LoadedConfig
+from library.config.loaded import LoadedConfig
 from library.config.show import ResolvedOption, resolved_table
 
 LEAST_EFFECT = 30  # columns that the effect needs beside the rest

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import library
-from library.config.load import LoadedConfig
+from library.config.loaded import LoadedConfig
 from library.config.notices import code_of
 from library.config.options import SECRETS
 from library.config.show import resolved_table

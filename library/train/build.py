@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
@@ -12,6 +12,7 @@ from torch import nn
 
 from library import randomness
 from library.adapters.flux import TEXT_LENGTHS, FluxAdapter, FluxTrainModule, ForwardSettings
+from library.adapters.pictures import image_encoder
 from library.config.prompts import LoadedPrompts, SamplePrompt, load_prompts
 from library.config.sections.memory import MemoryConfig
 from library.config.train_config import TrainConfig
@@ -22,7 +23,7 @@ from library.models.text_encoders import ClipL, T5Encoder
 from library.optim import factory, schedules
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
-from library.train.caching import image_encoder
+from library.startup import StartClock
 from library.train.checkpoint import SavedRun
 from library.train.graphs import has_chance
 from library.train.loading import ModelLoader
@@ -49,6 +50,7 @@ class Job:
     state: TrainState
     prompts: tuple[SamplePrompt, ...]
     conditions: Mapping[str, TextCond]  # of the sample prompts, by text
+    clock: StartClock = field(default_factory=StartClock)  # what it took to get here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +102,12 @@ def wanted_prompts(config: TrainConfig) -> LoadedPrompts:
 def build_trained(job: Job) -> Trained:
     """Load the transformer and the live text encoders, put the network on them, make optimizer and schedule."""
     config, device, loader = job.config, job.backend.load_device, job.loader
+    speed = Speed(config, job.backend.world.device)
+    steps = job.data.plan.total_steps - job.state.step
+    speed.before_weights(steps=steps)
     transformer = loader.transformer(device)
     clip_l, t5 = live_text_encoders(config, loader, device)
+    job.clock.mark("weights")
     encoders: list[nn.Module] = [e for e in (clip_l, t5) if e is not None] if trains_text(config) else []
     # Initial weights come from torch's global generator: the same on every rank, whatever ran before.
     torch.manual_seed(randomness.integer(job.state.seed, "network initialisation"))
@@ -111,8 +117,8 @@ def build_trained(job: Job) -> Trained:
             "away; merge it into the model file first, or leave fp8_base out"
         )
     merge_base_weights(config.network, text_encoders=encoders, transformer=transformer)
-    speed = Speed(config, job.backend.world.device)
     speed.before_network(transformer)
+    job.clock.mark("attention")
     network = create(config.network, text_encoders=encoders, transformer=transformer)
     network.prepare(config.flat())
     network.apply()
@@ -153,9 +159,8 @@ def build_trained(job: Job) -> Trained:
         ),
     )
     root.train()
-    speed.after_network(
-        transformer, steps=job.data.plan.total_steps - job.state.step, shapes=token_shapes(job)
-    )
+    job.clock.mark("network")
+    speed.after_network(transformer, steps=steps, shapes=token_shapes(job))
     return Trained(root=root, network=network, optimizer=optimizer, schedule=schedule)
 
 

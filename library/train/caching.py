@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
+from library.adapters.pictures import image_encoder
 from library.adapters.text import FluxTextEncoders
 from library.cache.build import build_latents, build_text
 from library.cache.latents import LatentNeed, LatentStore, latent_needs
@@ -37,7 +37,6 @@ from library.config.train_config import TrainConfig
 from library.data.dataset import TrainingData
 from library.data.records import TextCond
 from library.distributed.base import Backend
-from library.models.autoencoder import AutoEncoder
 from library.train.loading import ModelLoader
 from library.train.prepare import Data
 
@@ -157,21 +156,6 @@ def progress_bar(what: str, console: Console | None) -> Iterator[Callable[[int, 
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None, visible=False)  # a pass may have nothing to do
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
-
-
-def image_encoder(
-    autoencoder: AutoEncoder, device: torch.device
-) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Images [B, 3, H, W] and posterior noise [B, 16, h, w] to scaled latents [B, 16, h, w] float32."""
-    autoencoder.to(device)
-    dtype = next(autoencoder.parameters()).dtype
-
-    @torch.no_grad()
-    def encode(images: Tensor, noise: Tensor | None) -> Tensor:
-        drawn = None if noise is None else noise.to(device, dtype)
-        return autoencoder.encode(images.to(device, dtype), drawn).float()
-
-    return encode
 
 
 def prompt_texts(prompts: Sequence[SamplePrompt]) -> list[str]:

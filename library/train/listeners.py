@@ -18,6 +18,7 @@ from library.train.metrics import MetricsListener, public_options, secret_values
 from library.train.preview import PreviewListener
 from library.train.progress import ProgressListener
 from library.train.saving import Saver, SavingListener
+from library.train.start_line import StartListener
 from library.train.trackers import start_trackers, wanted
 from library.train.trainer import Listener
 from library.train.validate import ValidationListener, Validator, fixed_timesteps
@@ -45,6 +46,7 @@ def build_listeners(
     listeners.append(SavingListener(saver, config.saving, num_epochs=plan.num_epochs))
     if job.prompts:
         listeners.append(_previews(job, trained, metrics))
+    listeners.append(StartListener(job.clock, first=job.state.step + 1))
     failed = True
     try:
         yield listeners

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from library.adapters.base import ModelAdapter
-from library.config.load import LoadedConfig
+from library.config.loaded import LoadedConfig
 from library.config.notices import refuse
 from library.config.prompts import SamplePrompt
 from library.config.show import output_config
@@ -36,6 +36,7 @@ from library.preflight.lints import advice
 from library.preflight.report import Report, write_report
 from library.preflight.start import say_start
 from library.preflight.tables import print_report
+from library.startup import StartClock
 from library.train import graphs
 from library.train.build import (
     Job,
@@ -75,8 +76,8 @@ from library.train.upload import Uploader, check_hub, hub_folder, open_repositor
 logger = logging.getLogger(__name__)
 
 
-def run(loaded: LoadedConfig) -> None:
-    """Do what the options ask for: train, print the plan, or write a config file."""
+def run(loaded: LoadedConfig, clock: StartClock) -> None:
+    """Do what the options ask for: train, print the plan, or write a config file. `clock` began with the program."""
     config = loaded.config
     if config.run.output_config:
         write_text(*output_config(loaded))
@@ -97,7 +98,7 @@ def run(loaded: LoadedConfig) -> None:
         debug_dataset(config)
         return
     with connected(config) as backend, explained(config):
-        train(prepare(loaded, backend, console))
+        train(prepare(loaded, backend, console, clock))
 
 
 def dry_run(loaded: LoadedConfig) -> None:
@@ -161,9 +162,10 @@ def debug_dataset(config: TrainConfig) -> None:
         show_dataset(data, config.caching, config.saving.output_dir / FOLDER, Console())
 
 
-def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
+def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: StartClock | None = None) -> Job:
     """Check everything, find where the run begins, say what it will do, cache what is to be cached."""
-    config = loaded.config
+    config, clock = loaded.config, clock or StartClock()
+    clock.mark("device")
     saved = resumed_run(config, backend)
     seed = choose_seed(config, saved, backend)
     files, _ = check_early(config)
@@ -184,12 +186,14 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
         say(notices)
         say_start(expected, device=backend.world.device.type)
         open_repository(config.saving)
+    clock.mark("data")
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
     data = phase.latents(data)
     data, conditions = phase.text(data, prompt_texts(prompts))
+    clock.mark("caches")
     return Job(
         config=config, backend=backend, console=console, loader=loader, data=data, saved=saved, state=state,
-        prompts=prompts, conditions=conditions,
+        prompts=prompts, conditions=conditions, clock=clock,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ is measured: docs/performance.md.
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,13 +57,27 @@ class Speed:
         spare = not (memory.gradient_checkpointing or memory.blocks_to_swap)
         frozen.store_scaled(linear, self.scaled, keep_transposed=spare, device=self.device)
 
+    def before_weights(self, *, steps: int) -> None:
+        """Begin what may take as long as reading the weights: to try the kernels of attention, and the compiler."""
+        _ = self._attention
+        if self._compiles(steps):
+            compilation.begin(self.config.memory.dynamo_backend)
+
+    @cached_property
+    def _attention(self) -> Future[attention.Verdict] | None:
+        return attention.begin(
+            device=self.device, dtype=DTYPES[self.config.training.mixed_precision],
+            compiled=self.config.memory.compile_blocks != "off",
+        )  # fmt: skip
+
+    def _compiles(self, steps: int) -> bool:
+        wanted = self.config.memory.compile_blocks
+        return wanted == "on" or (wanted == "auto" and compilation.pays(steps=steps, device=self.device))
+
     def before_network(self, transformer: Flux) -> None:
         """Settle attention and frozen products: base weights are merged, nothing is on the layers yet."""
         memory = self.config.memory
-        attention.settle(
-            memory.attention, device=self.device, dtype=DTYPES[self.config.training.mixed_precision],
-            compiled=memory.compile_blocks != "off",
-        )  # fmt: skip
+        attention.settle(memory.attention, self._attention, device=self.device)
         linears = block_linears(transformer)
         if self.scaled is not None:
             for linear in linears:
@@ -78,8 +93,6 @@ class Speed:
 
     def after_network(self, transformer: Flux, *, steps: int, shapes: int) -> None:
         """Compile, now that the model is final, if it is asked for or `steps` ahead make it pay."""
-        memory = self.config.memory
-        automatic = memory.compile_blocks == "auto" and compilation.pays(steps=steps, device=self.device)
-        if memory.compile_blocks == "on" or automatic:
-            transformer.enable_compilation(backend=memory.dynamo_backend, shapes=shapes)
+        if self._compiles(steps):
+            transformer.enable_compilation(backend=self.config.memory.dynamo_backend, shapes=shapes)
             logger.info("the blocks are compiled in the first steps, which takes up to a minute once")

@@ -12,7 +12,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from library.config.launcher import engine_settings
-from library.config.load import LoadedConfig, load_config
+from library.config.load import load_config
+from library.config.loaded import LoadedConfig
 from library.config.zero_limits import LIMITS, with_limits
 from library.errors import ConfigError
 

@@ -13,7 +13,8 @@ from safetensors import safe_open
 import flux_train_network
 from library.config.cli import parse
 from library.config.datasets import resolve_datasets
-from library.config.load import LoadedConfig, load_config
+from library.config.load import load_config
+from library.config.loaded import LoadedConfig
 from library.config.notices import Notices
 from library.config.options import UNSET
 from library.config.prompts import load_prompts

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.models import attention
-from library.models.attention import Verdict, check, main, settle, trial, use
+from library.models.attention import Verdict, begin, check, main, settle, trial, use
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,8 @@ def test_a_disturbed_trial_judges_no_kernel_and_is_not_kept(monkeypatch, tmp_pat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
     command = (sys.executable, "-c", program)
     monkeypatch.setattr(attention, "trial", partial(trial, command=command))
-    assert settle("auto", device=torch.device("cuda"), dtype=torch.float32, compiled=False) == "auto"
+    device = torch.device("cuda")
+    assert settle("auto", begin(device=device, dtype=torch.float32, compiled=False), device=device) == "auto"
     assert reason in caplog.text
     assert list(tmp_path.iterdir()) == []
 
@@ -107,7 +108,7 @@ def test_the_fastest_right_kernel_wins():
 
 
 def test_without_a_gpu_there_is_nothing_to_try():
-    assert settle("auto", device=CPU, dtype=torch.float32, compiled=False) == "math"
+    assert settle("auto", begin(device=CPU, dtype=torch.float32, compiled=False), device=CPU) == "math"
 
 
 def test_a_verdict_is_kept(monkeypatch, tmp_path):
