@@ -23,7 +23,7 @@ from library.config.train_config import TrainConfig
 from library.data.dataset import load_batches
 from library.data.records import Batch
 from library.distributed.base import Backend
-from library.distributed.launch import connect, launched_rank, launched_world_size
+from library.distributed.launch import connect, expected_world_size, launched_rank
 from library.distributed.precision import DTYPES
 from library.errors import Interrupted
 from library.files.atomic import write_text
@@ -115,7 +115,7 @@ def _dry_run(loaded: LoadedConfig) -> None:
     notices = [*loaded.notices, *said, *written.notices]
     loader = ModelLoader(config, files)
     saved = resumed_run(config)
-    given, world_size = config.training.seed, launched_world_size()
+    given, world_size = config.training.seed, expected_world_size(config.distributed)
     seed = given if given is not None else saved.state.seed if saved else 0
     data = read_data(config, seed=seed, world_size=world_size)
     notices += check_schedule(config, data.plan.total_steps)
@@ -154,7 +154,9 @@ def check_early(config: TrainConfig) -> tuple[ModelFiles, tuple[str, ...]]:
 
 def debug_dataset(config: TrainConfig) -> None:
     """Show what the first epoch trains on; no model is loaded."""
-    data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
+    data = read_data(
+        config, seed=config.training.seed or 0, world_size=expected_world_size(config.distributed)
+    )
     say(data.notices)
     if launched_rank() == 0:
         assert config.saving.output_dir is not None, "checked by the config rules"
@@ -311,7 +313,8 @@ def connected(config: TrainConfig) -> Iterator[Backend]:
     try:
         yield backend
     except BaseException as error:
-        backend.close(failure=f"{type(error).__name__}: {error}")
+        if not getattr(error, "together", False):
+            backend.close(failure=f"{type(error).__name__}: {error}")
         raise
     backend.close()
 
