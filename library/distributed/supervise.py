@@ -161,7 +161,15 @@ def without_report(rank: int, code: int, asked: int | None) -> Ending:
 
 def at_fault(endings: Sequence[Ending]) -> Ending | None:
     """The ending that explains the others: what a rank did on purpose, before what may follow from it."""
-    return min(endings, key=lambda end: (end.echo, not end.on_purpose, _broken(end), end.when), default=None)
+    if not endings:
+        return None
+    first = min(endings, key=lambda end: (end.echo, not end.on_purpose, _broken(end), end.when))
+    # Where all end in the same way, the first rank speaks for all.
+    return min((end for end in endings if end.together and end.code == first.code), key=_rank, default=first)
+
+
+def _rank(ending: Ending) -> int:
+    return ending.rank
 
 
 def _broken(ending: Ending) -> bool:

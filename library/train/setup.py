@@ -25,7 +25,7 @@ from library.data.records import Batch
 from library.distributed.base import Backend
 from library.distributed.launch import connect, expected_world_size, launched_rank
 from library.distributed.precision import DTYPES
-from library.errors import Interrupted
+from library.errors import Interrupted, TrainingDiverged
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
@@ -236,6 +236,12 @@ def train(job: Job) -> Trained:
             stop.install()
             began = time.monotonic()
             finished = trainer.run(batches(job))
+    except TrainingDiverged as error:
+        # Nothing was updated with what is not finite, but the schedule has gone on.
+        trained.schedule.load_state_dict(trained.schedule.state_dict(), moved=-trainer.scheduled)
+        left = saver.diverged(trainer.state) if trainer.state.step > job.state.step else None
+        saver.failed()
+        raise TrainingDiverged(f"{error}{f'; the state before it is in {left}' if left else ''}") from None
     except Exception:
         saver.failed()
         raise
