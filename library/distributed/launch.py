@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -106,6 +107,8 @@ def choose_backend(
         )
     if world.size == 1:
         return SingleBackend(world, dtype=dtype)
+    # torch would have `broadcast_buffers` say less than it does here; not for the user to mend
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".broadcast_buffers.")
     settings = DdpSettings(
         gradient_as_bucket_view=config.ddp_gradient_as_bucket_view,
         static_graph=config.ddp_static_graph,

@@ -30,6 +30,7 @@ from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
 from library.models.tokenizers import FluxTokenizers
+from library.preflight import ranks
 from library.preflight.caches import caches
 from library.preflight.forecast import forecast
 from library.preflight.lints import advice
@@ -166,9 +167,10 @@ def debug_dataset(config: TrainConfig) -> None:
 def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
     """Check everything, find where the run begins, say what it will do, cache what is to be cached."""
     config = loaded.config
+    files, _ = check_early(config)
+    checked = ranks.check_ranks(config, backend.world)
     saved = resumed_run(config, backend)
     seed = choose_seed(config, saved, backend)
-    files, _ = check_early(config)
     written = wanted_prompts(config)
     data = read_data(config, seed=seed, world_size=backend.world.size)
     check_schedule(config, data.plan.total_steps)
@@ -185,6 +187,9 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
             refuse(notices)
         say(notices)
         say_start(expected, device=backend.world.device.type)
+        if checked is not None:
+            logger.info(ranks.line(checked, expected.disks))
+            say(ranks.shortages(checked, config, files, data))
         open_repository(config.saving)
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
     data = phase.latents(data)
