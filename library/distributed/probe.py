@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from library.config.sections.distributed import DistributedConfig
 from library.distributed.base import World
 from library.errors import EnvironmentUnsupported
 from library.leaving import leave
@@ -29,6 +30,11 @@ WHAT_HELPS = {
     "cuda": "set NCCL_P2P_DISABLE=1, which sends by way of main memory, or turn the IOMMU off",
     "cpu": "name the network to use in GLOO_SOCKET_IFNAME",
 }
+
+
+def is_wanted(config: DistributedConfig, world: World) -> bool:
+    """Whether to check the ranks: where there are several, or when asked to."""
+    return config.preflight == "on" or (config.preflight == "auto" and world.size > 1)
 
 
 def probe(world: World) -> float:

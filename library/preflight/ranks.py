@@ -23,7 +23,7 @@ from library.config.options import SECRETS
 from library.config.train_config import OPTIONS, TrainConfig
 from library.distributed.base import World
 from library.distributed.precision import DTYPES
-from library.distributed.probe import gather, probe, unreachable
+from library.distributed.probe import gather, is_wanted, probe, unreachable
 from library.errors import EnvironmentUnsupported
 from library.models.block_swap import SwapPlan
 from library.models.params import FluxParams, T5Params
@@ -66,18 +66,12 @@ class Checked:
     seconds: float
 
 
-def wanted(config: TrainConfig, world: World) -> bool:
-    """Whether to check: where there are several ranks, or when asked to."""
-    choice = config.distributed.preflight
-    return choice == "on" or (choice == "auto" and world.size > 1)
-
-
 def check_ranks(config: TrainConfig, world: World) -> Checked | None:
     """Check what ranks send one another and that they are alike; None where it is not asked for.
 
     Called by all ranks. Raises EnvironmentUnsupported.
     """
-    if not wanted(config, world):
+    if not is_wanted(config.distributed, world):
         return None
     began = time.monotonic()
     speed = probe(world) if world.size > 1 else None

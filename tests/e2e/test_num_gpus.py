@@ -129,7 +129,10 @@ def test_a_stop_signal_saves_one_state(tmp_path: Path, pictures: Path, whom: str
     assert run.code == 4, run.lines
     (state,) = (tmp_path / "out").glob("*-state")
     step = int(state.name.removeprefix("out-step").removesuffix("-state"))
-    assert run.lines[-1] == f"stopped at step {step} of {steps}; the state is in {state}, go on with --resume auto"
+    assert (
+        run.lines[-1]
+        == f"stopped at step {step} of {steps}; the state is in {state}, go on with --resume auto"
+    )
     assert run.seconds < PATIENCE
 
 
