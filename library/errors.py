@@ -75,3 +75,7 @@ class OutOfMemory(TrainerError):
 
 class RankFollowed(TrainerError):
     """Another rank stopped, so this one does: what it met itself was only the echo, and it has nothing to say."""
+
+
+class RankLost(TrainerError):
+    """Another rank is gone without a word, as one that was killed: all that this one sees is the broken connection."""

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from library.errors import Interrupted, NothingToDo, RankFollowed, TrainerError, UserError
+from library.errors import Interrupted, NothingToDo, RankFollowed, RankLost, TrainerError, UserError
 
 # What a disk says that is full, read-only or gone, which is no bug of ours
 STORAGE = (
@@ -27,6 +27,7 @@ STORAGE = (
 INTERRUPTED = 130  # what a shell makes of Ctrl-C
 GRACE_SECONDS = 5.0  # what other ranks leave rank 0 to say what is wrong
 FOLLOW_SECONDS = 8.0  # a launcher ends all as soon as one leaves: who has nothing to say leaves last
+TOGETHER_SECONDS = 1.0  # in which rank 0 says what all raise at the same step
 STARTER = "POLYRANK_STARTER"  # "<process id>:<folder for reports>", set for the ranks of --num_gpus
 
 
@@ -37,7 +38,7 @@ class Ending:
     code: int
     sentence: str
     on_purpose: bool  # raised by the trainer itself: the cause, and no consequence of what another rank did
-    echo: bool = False  # another rank stopped, and this one follows
+    echo: bool = False  # it follows from the end of another rank
     together: bool = False  # all ranks end so, at the same step
     trace: str = ""  # of a bug of ours
     rank: int = 0
@@ -50,7 +51,7 @@ def ending_of(error: BaseException) -> Ending:
         plain = isinstance(error, Interrupted | NothingToDo)
         return _ending(
             error.exit_code, str(error) if plain else f"error: {error}", on_purpose=True,
-            echo=isinstance(error, RankFollowed), together=error.together,
+            echo=isinstance(error, RankFollowed | RankLost), together=error.together,
         )  # fmt: skip
     if isinstance(error, KeyboardInterrupt):
         return _ending(
@@ -89,14 +90,15 @@ def leave(error: BaseException) -> int:
     folder = reports_folder()
     if folder is not None:
         write_report(folder, ending)
-    elif ending.echo:
+    elif isinstance(error, RankFollowed):
         time.sleep(FOLLOW_SECONDS)
-    elif ending.rank == 0 or not ending.on_purpose:
+    elif ending.rank == 0 or not ending.on_purpose or ending.echo:
         say(ending)
+    elif ending.together:
+        time.sleep(TOGETHER_SECONDS)
     else:
-        time.sleep(FOLLOW_SECONDS if ending.together else GRACE_SECONDS)
-        if not ending.together:
-            say(ending)
+        time.sleep(GRACE_SECONDS)
+        say(ending)
     return ending.code
 
 

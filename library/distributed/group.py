@@ -12,9 +12,11 @@ from torch.distributed.distributed_c10d import Store
 
 from library.distributed.base import World
 from library.distributed.watch import Watch
-from library.errors import RankFollowed
+from library.errors import RankFollowed, RankLost
 
 POLL_SECONDS = 0.2
+# How gloo and NCCL say that the other end of a connection is gone
+BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exit")
 HEAD_START = 0.3  # seconds in which rank 0 may be the first to say what all ranks find
 
 
@@ -53,7 +55,8 @@ class Group:
     def close(self, *, failure: str | None = None) -> None:
         """Leave the group; with `failure`, tell the others why.
 
-        Raises RankFollowed if another rank failed before: a broken connection is only its echo.
+        Raises RankFollowed if another rank failed before: a broken connection is only its echo. Raises RankLost
+        if a connection is all that failed.
         """
         if failure is not None:
             if not self.world.is_main:
@@ -66,6 +69,11 @@ class Group:
                 raise RankFollowed("another rank stopped: the rank that keeps the store is gone") from error
             if first != mine:
                 raise RankFollowed(f"another rank stopped: {first}")
+            if any(words in failure for words in BROKEN):
+                raise RankLost(
+                    f"another rank is gone ({' '.join(failure.split())[:160]}); what started the ranks says how it "
+                    "ended, and --resume auto goes on from the last state"
+                )
             return
         self.wait("the end")  # the main rank may still be writing
         if self.watch is not None:

@@ -163,19 +163,13 @@ def at_fault(endings: Sequence[Ending]) -> Ending | None:
     """The ending that explains the others: what a rank did on purpose, before what may follow from it."""
     if not endings:
         return None
-    first = min(endings, key=lambda end: (end.echo, not end.on_purpose, _broken(end), end.when))
+    first = min(endings, key=lambda end: (end.echo, not end.on_purpose, end.when))
     # Where all end in the same way, the first rank speaks for all.
     return min((end for end in endings if end.together and end.code == first.code), key=_rank, default=first)
 
 
 def _rank(ending: Ending) -> int:
     return ending.rank
-
-
-def _broken(ending: Ending) -> bool:
-    """Whether the sentence is that of a connection to a rank that is gone."""
-    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "DistNetworkError")
-    return any(word in ending.sentence for word in words)
 
 
 @contextmanager

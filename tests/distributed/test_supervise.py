@@ -21,8 +21,17 @@ from library.distributed.supervise import (
     without_report,
 )
 from library.distributed.watch import Ends
-from library.errors import ConfigError, Interrupted, RankFollowed
-from library.leaving import GRACE_SECONDS, Ending, ending_of, leave, read_report, write_report
+from library.errors import ConfigError, Interrupted, RankFollowed, RankLost
+from library.leaving import (
+    FOLLOW_SECONDS,
+    GRACE_SECONDS,
+    TOGETHER_SECONDS,
+    Ending,
+    ending_of,
+    leave,
+    read_report,
+    write_report,
+)
 
 WORKER = Path(__file__).parent / "probe_worker.py"
 ROOT = WORKER.parent.parent.parent
@@ -52,16 +61,13 @@ def test_what_a_rank_finds_in_its_environment(monkeypatch: pytest.MonkeyPatch):
 
 def test_who_is_at_fault():
     memory = ending(1, 5.0, code=6, on_purpose=True)
-    broken = ending(
-        0, 4.9, sentence="error: RuntimeError: Connection closed by peer [127.0.0.1]:80; the lines above"
-    )
-    bug = ending(2, 5.1, sentence="error: KeyError: 'x'; the lines above")
+    lost, bug = ending(0, 4.9, echo=True, on_purpose=True), ending(2, 5.1)
     follower = ending(3, 1.0, echo=True, on_purpose=True)
     killed, aborted = without_report(4, -signal.SIGKILL, None), without_report(5, -signal.SIGABRT, None)
     assert at_fault([]) is None
-    assert at_fault([follower, broken, memory]) is memory
-    assert at_fault([broken, bug, aborted]) is bug
-    assert at_fault([follower, broken, killed, aborted]) is killed
+    assert at_fault([follower, lost, memory]) is memory
+    assert at_fault([lost, bug, aborted]) is bug
+    assert at_fault([follower, lost, killed, aborted]) is killed
     assert at_fault([follower, aborted]) is aborted
     assert (killed.code, killed.rank) == (137, 4)
     assert "SIGKILL" in killed.sentence
@@ -99,7 +105,10 @@ def test_under_another_launcher_rank_0_speaks_first_and_who_follows_is_silent(
     assert leave(RankFollowed("rank 0 stopped")) == 1
     assert leave(Interrupted("stopped at step 3")) == 4
     assert capsys.readouterr().err == ""
-    assert min(slept) == GRACE_SECONDS  # who has nothing to say leaves after who has
+    assert slept == [GRACE_SECONDS, FOLLOW_SECONDS, TOGETHER_SECONDS]
+    assert FOLLOW_SECONDS > GRACE_SECONDS  # who has nothing to say leaves after who has
+    assert leave(RankLost("another rank is gone")) == 1
+    assert capsys.readouterr().err == "rank 1: error: another rank is gone\n"
     monkeypatch.setenv("RANK", "0")
     assert leave(Interrupted("stopped at step 3")) == 4
     assert capsys.readouterr().err == "stopped at step 3\n"
