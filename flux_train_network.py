@@ -1,10 +1,11 @@
 """Trains a LoRA or LyCORIS network for FLUX.1: the command line and nothing else.
 
     accelerate launch flux_train_network.py --config_file configs/quickstart.toml
+    python flux_train_network.py --config_file configs/quickstart.toml --num_gpus 4
 
 Exit codes: 0 done, 1 a bug of ours (traceback), 2 something given cannot be used (one sentence), 3 the loss is no
-longer finite, 4 stopped by a signal after the state was saved, 5 a file could not be written, 6 memory ran out, 130
-Ctrl-C before training began. Whatever happens, the last line on the screen says it in one sentence.
+longer finite, 4 stopped by a signal after the state was saved, 5 a file could not be written, 6 memory ran out,
+128 + n ended by signal n. Whatever happens, the last line on the screen says it in one sentence.
 """
 
 from __future__ import annotations

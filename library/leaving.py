@@ -25,6 +25,9 @@ STORAGE = (
     errno.ESTALE,
 )  # fmt: skip
 INTERRUPTED = 130  # what a shell makes of Ctrl-C
+BEFORE_TRAINING = (
+    "stopped before training began; caches made so far are kept, and the same command goes on from there"
+)
 GRACE_SECONDS = 5.0  # what other ranks leave rank 0 to say what is wrong
 FOLLOW_SECONDS = 8.0  # a launcher ends all as soon as one leaves: who has nothing to say leaves last
 TOGETHER_SECONDS = 1.0  # in which rank 0 says what all raise at the same step
@@ -54,11 +57,7 @@ def ending_of(error: BaseException) -> Ending:
             echo=isinstance(error, RankFollowed | RankLost), together=error.together,
         )  # fmt: skip
     if isinstance(error, KeyboardInterrupt):
-        return _ending(
-            INTERRUPTED,
-            "stopped before training began; caches made so far are kept, and the same command goes on from there",
-            on_purpose=True,
-        )
+        return _ending(INTERRUPTED, str(error) or BEFORE_TRAINING, on_purpose=True)
     if isinstance(error, OSError) and error.errno in STORAGE:
         return _ending(
             UserError.exit_code,
@@ -110,15 +109,16 @@ def say(ending: Ending) -> None:
     print(who + ending.sentence, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def started_by_us() -> bool:
-    """Whether this process is a rank of --num_gpus."""
-    return STARTER in os.environ
+def starter() -> int | None:
+    """The process id of the `--num_gpus` that started this rank; None if something else did."""
+    process = os.environ.get(STARTER, "").partition(":")[0]
+    return int(process) if process else None
 
 
 def reports_folder() -> Path | None:
     """Where the process that started this rank looks for reports; None if there is none, or no longer."""
-    starter, _, folder = os.environ.get(STARTER, "").partition(":")
-    return Path(folder) if starter == str(os.getppid()) else None
+    folder = os.environ.get(STARTER, "").partition(":")[2]
+    return Path(folder) if starter() == os.getppid() else None
 
 
 def write_report(folder: Path, ending: Ending) -> None:

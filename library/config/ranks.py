@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from library.config.rule_context import Context
 from library.errors import ConfigError
-from library.leaving import started_by_us
+from library.leaving import starter
 
 
 def launched_ranks(environment: Mapping[str, str]) -> int | None:
@@ -25,7 +25,7 @@ def num_gpus_fits(context: Context) -> None:
             f"{context.said('distributed')} contradicts {context.said('num_gpus')}: give one of them"
         )
     launched = launched_ranks(os.environ)
-    if launched is None or started_by_us():
+    if launched is None or starter() is not None:
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
     if chosen.num_gpus not in (0, here):

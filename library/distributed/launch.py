@@ -22,6 +22,7 @@ from library.distributed.single import SingleBackend
 from library.distributed.supervise import LISTENING, count_gpus
 from library.distributed.watch import Watch
 from library.errors import ConfigError, EnvironmentUnsupported
+from library.leaving import starter
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)  # a collective waits at most this long for the slowest rank's step
 
@@ -150,6 +151,6 @@ def _watch(world: World, store: Store) -> Watch:
     first = world.rank - world.local_rank
     local = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
     peers = [int(store.get(f"process/{rank}")) for rank in local if rank != world.rank]
-    watch = Watch(store, peers, os.getppid())
+    watch = Watch(store, peers, starter() or os.getppid())
     watch.start()
     return watch

@@ -21,7 +21,8 @@ from types import FrameType
 
 from library.config.ranks import launched_ranks
 from library.config.train_config import TrainConfig
-from library.leaving import STARTER, Ending, read_report, say
+from library.errors import EnvironmentUnsupported
+from library.leaving import BEFORE_TRAINING, STARTER, Ending, read_report, say
 
 LISTENING = "POLYRANK_LISTENING"  # number of the open socket on which rank 0 keeps the ranks' store
 STOP_SIGNALS = tuple(name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -52,6 +53,10 @@ def count_gpus() -> int:
 
 def run_ranks(command: Sequence[str], count: int) -> int:
     """Start `count` ranks of `command`, wait for them and have the last word. Returns the exit code."""
+    if os.name != "posix":
+        raise EnvironmentUnsupported(
+            "--num_gpus starts no processes on this system: use torchrun or accelerate launch"
+        )
     with tempfile.TemporaryDirectory(prefix="polyrank-ranks-") as folder:
         ranks = Ranks(command, count, Path(folder))
         with passing_on(ranks):
@@ -148,8 +153,7 @@ def without_report(rank: int, code: int, asked: int | None) -> Ending:
         hint = f" ({HINTS[name]})" if name in HINTS else ""
         told, on_purpose = f"error: it was ended by {name}{hint}", name not in AFTERMATH
         if -code == asked:
-            told = f"stopped by {name} before training began; caches made so far are kept, and the same command goes on"
-            told, rank = f"{told} from there", 0
+            told, rank = BEFORE_TRAINING.replace("stopped", f"stopped by {name}", 1), 0
     return Ending(
         code=code if code > 0 else 128 - code,
         sentence=told,
@@ -164,12 +168,8 @@ def at_fault(endings: Sequence[Ending]) -> Ending | None:
     if not endings:
         return None
     first = min(endings, key=lambda end: (end.echo, not end.on_purpose, end.when))
-    # Where all end in the same way, the first rank speaks for all.
-    return min((end for end in endings if end.together and end.code == first.code), key=_rank, default=first)
-
-
-def _rank(ending: Ending) -> int:
-    return ending.rank
+    # Where several say the same, the first of them speaks for all.
+    return min((end for end in endings if end.sentence == first.sentence), key=lambda end: end.rank)
 
 
 @contextmanager

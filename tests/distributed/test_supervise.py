@@ -71,8 +71,8 @@ def test_who_is_at_fault():
     assert at_fault([follower, aborted]) is aborted
     assert (killed.code, killed.rank) == (137, 4)
     assert "SIGKILL" in killed.sentence
-    # What all ranks raise together the first one says, whoever was the quickest.
-    stopped = [ending(rank, 9.0 - rank, code=4, on_purpose=True, together=True) for rank in range(3)]
+    # What all ranks say the first one says, whoever was the quickest.
+    stopped = [ending(rank, 9.0 - rank, code=4, on_purpose=True, sentence="stopped") for rank in range(3)]
     assert at_fault(stopped) is stopped[0]
 
 
