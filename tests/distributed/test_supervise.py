@@ -33,7 +33,7 @@ from library.leaving import (
     write_report,
 )
 
-WORKER = Path(__file__).parent / "probe_worker.py"
+WORKER = Path(__file__).parent / "broken_worker.py"
 ROOT = WORKER.parent.parent.parent
 RAN = ["--pretrained_model_name_or_path", "polyrank/tiny-flux", "--network_module", "networks.lora_flux",
        "--train_data_dir", "data", "--output_dir", "out"]  # fmt: skip
@@ -142,6 +142,13 @@ def test_the_end_of_a_process_is_noticed_before_anybody_waits_for_it():
     assert Ends((process.pid,)).any()
 
 
+@pytest.fixture
+def _ours_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers find the project."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))))
+
+
+@pytest.mark.usefixtures("_ours_first")
 @pytest.mark.parametrize(
     ("broken", "sentence"),
     [
@@ -152,7 +159,38 @@ def test_the_end_of_a_process_is_noticed_before_anybody_waits_for_it():
 def test_a_machine_that_loses_numbers_is_refused(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, broken: str, sentence: str
 ):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))))
     monkeypatch.setattr(supervise, "GRACE_SECONDS", 1.0)
     assert run_ranks([sys.executable, str(WORKER), broken], 2) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith(sentence)
+
+
+@pytest.mark.usefixtures("_ours_first")
+def test_a_rank_that_hangs_leaves_when_another_is_gone(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervise, "GRACE_SECONDS", 100.0)  # it ends by itself, not by being killed
+    began = time.monotonic()
+    assert run_ranks([sys.executable, str(WORKER), "hang"], 2) == 137
+    assert time.monotonic() - began < 60
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("rank 1: error: it was ended by SIGKILL")
+
+
+@pytest.mark.usefixtures("_ours_first")
+def test_ranks_whose_starter_is_killed_are_asked_to_stop(tmp_path: Path):
+    start = "import sys; from library.distributed.supervise import run_ranks; run_ranks(sys.argv[1:], 2)"
+    (told := tmp_path / "told").mkdir()
+    words = [sys.executable, "-c", start, sys.executable, str(WORKER), "orphans", str(told)]
+    # What a killed process cannot take away is left in a folder that goes with the test.
+    with subprocess.Popen(words, env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
+        until = time.monotonic() + 60
+        while len(list(told.iterdir())) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        ranks = [int(path.name) for path in told.iterdir()]
+        assert len(ranks) == 2
+        assert not Ends(ranks).any()
+        process.kill()
+    ends = [Ends((rank,)) for rank in ranks]
+    while not all(end.any() for end in ends) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert all(end.any() for end in ends)
