@@ -105,20 +105,16 @@ class Ranks:
                         killed.add(rank)
                         process.kill()
             time.sleep(POLL_SECONDS)
-        endings = [
-            ending for rank, process in enumerate(self.processes)
-            if rank not in killed and (ending := self._ending(rank, process.returncode)) is not None
-        ]  # fmt: skip
-        return at_fault(endings)
+        endings = [self._ending(rank, killed=rank in killed) for rank in range(len(self.processes))]
+        return at_fault([ending for ending in endings if ending is not None])
 
     def _codes(self) -> list[int | None]:
         return [process.poll() for process in self.processes]
 
-    def _ending(self, rank: int, code: int) -> Ending | None:
-        report = read_report(self._folder, rank)
-        if report is not None and code >= 0:
-            return report
-        return without_report(rank, code, self.asked) if code else None
+    def _ending(self, rank: int, *, killed: bool) -> Ending | None:
+        """Why a rank ended: what it said itself, or what its exit code says unless it was `killed` here."""
+        report, code = read_report(self._folder, rank), self.processes[rank].returncode
+        return report if report is not None or killed or not code else without_report(rank, code, self.asked)
 
 
 def rank_environment(

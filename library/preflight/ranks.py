@@ -28,7 +28,7 @@ from library.errors import EnvironmentUnsupported
 from library.models.block_swap import SwapPlan
 from library.models.params import FluxParams, T5Params
 from library.preflight.facts import DiskFacts
-from library.preflight.words import size_text
+from library.preflight.words import count_text, size_text
 from library.train.prepare import Data, ModelFiles
 
 logger = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ def _short_of_memory(host: str, ranks: Sequence[RankFacts], needed: int) -> Iter
     free = min((one.memory for one in ranks if one.memory is not None), default=None)
     if free is not None and needed > free:
         yield (
-            f"{host} has {size_text(free)} of main memory free, and {len(ranks)} ranks take about "
+            f"{host} has {size_text(free)} of main memory free, and {count_text(len(ranks), 'rank')} may take "
             f"{size_text(needed)}; recommended: fewer blocks_to_swap, fp8_base, or fewer ranks"
         )
 
@@ -267,7 +267,7 @@ def _short_of_shared(host: str, ranks: Sequence[RankFacts], needed: int) -> Iter
     free = min((one.shared for one in ranks if one.shared is not None), default=None)
     if free is not None and needed > free:
         yield (
-            f"{SHARED_MEMORY} of {host} has {size_text(free)} free, and {len(ranks)} ranks with their data workers put "
-            f"up to {size_text(needed)} there; recommended: start the container with --ipc=host or "
-            "a larger --shm-size, or lower max_data_loader_n_workers (0 needs none)"
+            f"{SHARED_MEMORY} of {host} has {size_text(free)} free, and the data workers of "
+            f"{count_text(len(ranks), 'rank')} put up to {size_text(needed)} there; recommended: start the container "
+            "with --ipc=host or a larger --shm-size, or lower max_data_loader_n_workers (0 needs none)"
         )

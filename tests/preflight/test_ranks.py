@@ -88,9 +88,9 @@ def said(
 def test_what_a_machine_lacks_is_said(run: tuple[TrainConfig, ModelFiles, Data]):
     assert not said(run, rank(0), rank(1))
     (memory,) = said(run, rank(0), rank(1, memory=1000))
-    assert memory.startswith("box has 1.0 kB of main memory free, and 2 ranks take about ")
+    assert memory.startswith("box has 1.0 kB of main memory free, and 2 ranks may take ")
     (shared,) = said(run, rank(0, host="a"), rank(1, host="b", shared=2000))
-    assert shared.startswith("/dev/shm of b has 2.0 kB free, and 1 ranks with their data workers")
+    assert shared.startswith("/dev/shm of b has 2.0 kB free, and the data workers of 1 rank put up to")
     assert "--shm-size" in shared
     (versions,) = said(run, rank(0), rank(1, torch="2.8"))
     assert versions.startswith("rank 1 on box has torch 2.8 and rank 0 has 2.9")
