@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.config.load import load_config
-from library.distributed import supervise
+from library.distributed import launch, supervise
 from library.distributed.supervise import (
     at_fault,
     rank_environment,
@@ -21,7 +22,7 @@ from library.distributed.supervise import (
     without_report,
 )
 from library.distributed.watch import Ends
-from library.errors import ConfigError, Interrupted, RankFollowed, RankLost
+from library.errors import ConfigError, EnvironmentUnsupported, Interrupted, RankFollowed, RankLost
 from library.leaving import (
     FOLLOW_SECONDS,
     GRACE_SECONDS,
@@ -126,6 +127,26 @@ def test_a_dry_run_and_a_launchers_rank_start_none(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert ranks("--num_gpus", "3") == 1
+
+
+def test_a_dry_run_plans_for_the_ranks_that_would_be_started(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda: 8)
+
+    def size(*words: str) -> int:
+        return launch.expected_world_size(load_config([*RAN, *words]).config.distributed)
+
+    assert (size(), size("--num_gpus", "3"), size("--num_gpus", "all")) == (1, 3, 8)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert size() == size("--num_gpus", "2") == 2
+
+
+def test_each_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(EnvironmentUnsupported, match="4 processes on a machine of which 2 GPUs may be used"):
+        launch.this_process()
 
 
 def test_the_end_of_a_process_is_noticed_before_anybody_waits_for_it():
