@@ -11,6 +11,7 @@ class TrainerError(Exception):
     """Base of every error that the trainer raises on purpose."""
 
     exit_code = 1
+    together = False  # whether every rank raises it at the same step, so that one may speak for all
 
 
 class UserError(TrainerError):
@@ -43,18 +44,21 @@ class TrainingDiverged(TrainerError):
     """A loss or gradient that is not finite: says step, values and the last good checkpoint."""
 
     exit_code = 3
+    together = True
 
 
 class NothingToDo(TrainerError):
     """The run that was to be resumed is complete: no error, so that a restarting launcher comes to rest."""
 
     exit_code = 0
+    together = True
 
 
 class Interrupted(TrainerError):
     """A signal asked the run to stop; its state was written first."""
 
     exit_code = 4
+    together = True
 
 
 class WriteFailed(TrainerError):
@@ -67,3 +71,11 @@ class OutOfMemory(TrainerError):
     """The memory of the GPU or of the machine ran out; says what takes less."""
 
     exit_code = 6
+
+
+class RankFollowed(TrainerError):
+    """Another rank stopped, so this one does: what it met itself was only the echo, and it has nothing to say."""
+
+
+class RankLost(TrainerError):
+    """Another rank is gone without a word, as one that was killed: all that this one sees is the broken connection."""

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
-    "library.errors": 0, "library.log": 0, "library.randomness": 0, "library.startup": 0,
+    "library.errors": 0, "library.log": 0, "library.randomness": 0, "library.startup": 0, "library.leaving": 0,
     "library.config": 1,
     "library.models": 2, "networks": 2, "library.files": 2,
     "library.data": 3, "library.flow": 3, "library.optim": 3,

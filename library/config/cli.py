@@ -1,7 +1,7 @@
 """The command line: an argparse parser made of the table of options.
 
 argparse splits words and shows --help; values are converted by the table, as those of a file are. Names may
-be shortened as far as they are unambiguous, as Kohya's parser allows.
+be shortened as far as they are unambiguous among Kohya's, as Kohya's parser allows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from library.config.foreign import what_instead
 from library.config.kinds import FALSE_WORDS, TRUE_WORDS
@@ -21,6 +21,7 @@ from library.config.train_config import OPTIONS, SECTIONS
 from library.errors import ConfigError
 
 CONTINUATIONS = ("", "\\", "^", "`")  # what ends a line in some shell, and is a word of its own in the others
+KOHYAS = frozenset({"help", *(name for name, option in OPTIONS.items() if not option.row.ours)})
 MARKS = {"used": "", "none": " [no effect]", "refused": " [refused]"}
 
 
@@ -34,6 +35,12 @@ class Given:
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises ConfigError where argparse would print its usage and exit."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """What a shortened name may stand for: if it stands for one option in Kohya's trainer, for that one."""
+        found: list[Any] = super()._get_option_tuples(option_string)
+        kohyas = [one for one in found if one[0].dest in KOHYAS]
+        return kohyas if len(kohyas) == 1 else found
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into one sentence."""

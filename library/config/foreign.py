@@ -96,10 +96,10 @@ _REASONS = {
     "write these as options of their own": "additional_parameters",
     "text encoders are trained to the end or not at all": "stop_text_encoder_training",
     "it is a state of the GUI": "model_list save_as_bool flux1_checkbox sdxl sd3_checkbox",
+    "num_gpus says it, or accelerate launch": "num_processes multi_gpu",
     "give it to accelerate launch": (
-        "num_processes num_machines num_cpu_threads_per_process multi_gpu gpu_ids "
-        "main_process_port main_process_ip dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph "
-        "extra_accelerate_launch_args"
+        "num_machines num_cpu_threads_per_process gpu_ids main_process_port main_process_ip "
+        "dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph extra_accelerate_launch_args"
     ),
     "it belongs to full fine-tuning": (
         "blockwise_fused_optimizers flux_fused_backward_pass fused_optimizer_groups "

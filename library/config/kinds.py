@@ -14,6 +14,8 @@ from pathlib import Path
 
 # Prompts for sample images: the path of a prompt file, or the prompts themselves, one a line.
 PromptText = str
+# Number of GPUs; 0 is all of them.
+GpuCount = int
 # A model file or folder, or a name that stands for one.
 ModelName = str
 
@@ -103,6 +105,16 @@ def to_prompts(raw: object) -> str:
     return to_text(raw)
 
 
+def to_gpus(raw: object) -> int:
+    """A number of GPUs; "all" is 0."""
+    if isinstance(raw, str) and raw.strip().lower() == "all":
+        return 0
+    try:
+        return to_int(raw)
+    except ValueError:
+        raise ValueError("is neither a number of GPUs nor all") from None
+
+
 def to_steps(raw: object) -> int | float:
     """A number of steps, or a share of all steps: "10%" and numbers below 1 are shares, others are counts."""
     if isinstance(raw, str) and raw.strip().endswith("%"):
@@ -190,6 +202,7 @@ class Kind:
 KINDS = {
     "bool": Kind(to_bool, ""),
     "int": Kind(to_int, "N"),
+    "GpuCount": Kind(to_gpus, "N|all"),
     "float": Kind(to_float, "X"),
     "int | float": Kind(to_steps, "STEPS|RATIO|%"),
     "str": Kind(to_text, "TEXT"),

@@ -17,6 +17,7 @@ Names, types and defaults are those of Kohya's `flux_train_network.py`; options 
 TYPE_WORDS = {
     "bool": "flag",
     "int": "whole number",
+    "GpuCount": "number, or all",
     "float": "number",
     "int | float": "steps, share below 1, or %",
     "str": "text",

@@ -15,6 +15,7 @@ from library.config.kinds import local_path
 from library.config.launcher import ACCELERATE
 from library.config.names import files_near, suggestion
 from library.config.notices import Notices
+from library.config.ranks import num_gpus_fits
 from library.config.rule_context import Context
 from library.config.sections.schedule import LR_SCHEDULERS
 from library.config.service_rules import AUTO, SERVICE_RULES
@@ -372,6 +373,7 @@ RULES = (
     timesteps_are_a_range,
     backend_exists,
     backend_is_named_once,
+    num_gpus_fits,
     deepspeed_fits,
     start_is_given_once,
     samples_have_prompts,

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
-from torch.distributed.distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import HashStore, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from library.config.ranks import launched_ranks
 from library.config.sections.distributed import DistributedConfig
 from library.distributed.base import Backend, World
 from library.distributed.ddp import DdpBackend, DdpSettings
 from library.distributed.group import Group
 from library.distributed.single import SingleBackend
-from library.errors import ConfigError
+from library.distributed.supervise import LISTENING, count_gpus
+from library.distributed.watch import Watch
+from library.errors import ConfigError, EnvironmentUnsupported
+from library.leaving import starter
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)  # a collective waits at most this long for the slowest rank's step
 
@@ -29,7 +34,12 @@ def launched_rank() -> int:
 
 def launched_world_size() -> int:
     """How many ranks the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched_ranks(os.environ) or 1
+
+
+def expected_world_size(config: DistributedConfig) -> int:
+    """How many ranks the run has, or would have if it were started: for a dry run, which starts none."""
+    return launched_ranks(os.environ) or (1 if config.num_gpus is None else config.num_gpus or count_gpus())
 
 
 def choose_device(local_rank: int) -> torch.device:
@@ -46,6 +56,12 @@ def choose_device(local_rank: int) -> torch.device:
 def this_process() -> World:
     """This process among those that the launcher started."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise EnvironmentUnsupported(
+            f"{here} processes on a machine of which {torch.cuda.device_count()} GPUs may be used, and each needs one: "
+            "start fewer (--num_gpus all starts as many as there are), or look at CUDA_VISIBLE_DEVICES"
+        )
     return World(
         rank=launched_rank(),
         size=launched_world_size(),
@@ -92,6 +108,8 @@ def choose_backend(
         )
     if world.size == 1:
         return SingleBackend(world, dtype=dtype)
+    # torch would have `broadcast_buffers` say less than it does here; not for the user to mend
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".broadcast_buffers.")
     settings = DdpSettings(
         gradient_as_bucket_view=config.ddp_gradient_as_bucket_view,
         static_graph=config.ddp_static_graph,
@@ -103,11 +121,36 @@ def choose_backend(
 def join(world: World, timeout_minutes: int | None) -> Group:
     """Make the process group: of this process alone, or of all that the launcher started."""
     timeout = timedelta(minutes=timeout_minutes) if timeout_minutes else DEFAULT_TIMEOUT
-    store = HashStore() if world.size == 1 else next(rendezvous("env://", timeout=timeout))[0]
+    store = HashStore() if world.size == 1 else _common_store(timeout)
     on_gpu = world.device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=PrefixStore("group", store), rank=world.rank, world_size=world.size, timeout=timeout,
         device_id=world.device if on_gpu else None,
     )  # fmt: skip
-    return Group(world, PrefixStore("wait", store))
+    waiting = PrefixStore("wait", store)
+    return Group(world, waiting, None if world.size == 1 else _watch(world, waiting))
+
+
+def _common_store(timeout: timedelta) -> Store:
+    """The store of all ranks, in rank 0 or in the launcher."""
+    listening = os.environ.get(LISTENING)
+    if listening is None:
+        store: Store = next(rendezvous("env://", timeout=timeout))[0]
+        return store
+    return TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), launched_world_size(),
+        is_master=launched_rank() == 0, timeout=timeout,
+        master_listen_fd=int(listening) if launched_rank() == 0 else None,
+    )  # fmt: skip
+
+
+def _watch(world: World, store: Store) -> Watch:
+    """Look after the ranks of this machine, if the launcher says which they are, and after what others say."""
+    store.set(f"process/{world.rank}", str(os.getpid()))
+    first = world.rank - world.local_rank
+    local = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
+    peers = [int(store.get(f"process/{rank}")) for rank in local if rank != world.rank]
+    watch = Watch(store, peers, starter() or os.getppid())
+    watch.start()
+    return watch

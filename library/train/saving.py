@@ -100,6 +100,14 @@ class Saver:
         """Write the state of a run that was asked to stop."""
         return self.state(step_stem(self._config.output_name, state.step), state)
 
+    def diverged(self, state: TrainState) -> Path | None:
+        """Write the state before the step that was not finite; None where the disk refuses."""
+        try:
+            return self.interrupted(state)
+        except WriteFailed as error:
+            logger.error("%s", error)
+            return None
+
     def at(self, point: SavePoint, state: TrainState, *, epoch: int) -> None:
         """Write what is due at `point`, then remove what it retires.
 

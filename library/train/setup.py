@@ -23,13 +23,14 @@ from library.config.train_config import TrainConfig
 from library.data.dataset import load_batches
 from library.data.records import Batch
 from library.distributed.base import Backend
-from library.distributed.launch import connect, launched_rank, launched_world_size
+from library.distributed.launch import connect, expected_world_size, launched_rank
 from library.distributed.precision import DTYPES
-from library.errors import Interrupted
+from library.errors import Interrupted, TrainingDiverged
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
 from library.models.tokenizers import FluxTokenizers
+from library.preflight import ranks
 from library.preflight.caches import caches
 from library.preflight.forecast import forecast
 from library.preflight.lints import advice
@@ -116,7 +117,7 @@ def _dry_run(loaded: LoadedConfig) -> None:
     notices = [*loaded.notices, *said, *written.notices]
     loader = ModelLoader(config, files)
     saved = resumed_run(config)
-    given, world_size = config.training.seed, launched_world_size()
+    given, world_size = config.training.seed, expected_world_size(config.distributed)
     seed = given if given is not None else saved.state.seed if saved else 0
     data = read_data(config, seed=seed, world_size=world_size)
     notices += check_schedule(config, data.plan.total_steps)
@@ -155,7 +156,9 @@ def check_early(config: TrainConfig) -> tuple[ModelFiles, tuple[str, ...]]:
 
 def debug_dataset(config: TrainConfig) -> None:
     """Show what the first epoch trains on; no model is loaded."""
-    data = read_data(config, seed=config.training.seed or 0, world_size=launched_world_size())
+    data = read_data(
+        config, seed=config.training.seed or 0, world_size=expected_world_size(config.distributed)
+    )
     say(data.notices)
     if launched_rank() == 0:
         assert config.saving.output_dir is not None, "checked by the config rules"
@@ -166,9 +169,10 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: Sta
     """Check everything, find where the run begins, say what it will do, cache what is to be cached."""
     config, clock = loaded.config, clock or StartClock()
     clock.mark("device")
+    files, _ = check_early(config)
+    checked = ranks.check_ranks(config, backend.world)
     saved = resumed_run(config, backend)
     seed = choose_seed(config, saved, backend)
-    files, _ = check_early(config)
     written = wanted_prompts(config)
     data = read_data(config, seed=seed, world_size=backend.world.size)
     check_schedule(config, data.plan.total_steps)
@@ -185,6 +189,9 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: Sta
             refuse(notices)
         say(notices)
         say_start(expected, device=backend.world.device.type)
+        if checked is not None:
+            logger.info(ranks.line(checked, expected.disks))
+            say(ranks.shortages(checked, config, files, data))
         open_repository(config.saving)
     clock.mark("data")
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
@@ -238,6 +245,12 @@ def train(job: Job) -> Trained:
             stop.install()
             began = time.monotonic()
             finished = trainer.run(batches(job))
+    except TrainingDiverged as error:
+        # Nothing was updated with what is not finite, but the schedule has gone on.
+        trained.schedule.load_state_dict(trained.schedule.state_dict(), moved=-trainer.scheduled)
+        left = saver.diverged(trainer.state) if trainer.state.step > job.state.step else None
+        saver.failed()
+        raise TrainingDiverged(f"{error}{f'; the state before it is in {left}' if left else ''}") from None
     except Exception:
         saver.failed()
         raise
@@ -315,7 +328,8 @@ def connected(config: TrainConfig) -> Iterator[Backend]:
     try:
         yield backend
     except BaseException as error:
-        backend.close(failure=f"{type(error).__name__}: {error}")
+        if not getattr(error, "together", False):
+            backend.close(failure=f"{type(error).__name__}: {error}")
         raise
     backend.close()
 

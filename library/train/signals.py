@@ -40,7 +40,10 @@ class StopRequest:
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted is not None and now - self._interrupted >= SAME_KEYPRESS:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(
+                    "stopped at once by a second Ctrl-C; what was saved before is whole, and --resume auto goes on "
+                    "from there"
+                )
             self._interrupted = self._interrupted or now
         if not self._asked:
             logger.warning("%s: finishing this step, then saving the state", signal.Signals(number).name)

@@ -102,6 +102,7 @@ class Trainer:
     state: TrainState
     should_stop: Callable[[], bool]  # whether this process was asked to stop
     graphs: StepGraphs | None = None  # records micro-steps
+    scheduled: int = field(default=0, init=False)  # steps that the schedule is ahead of the state
     _settled: float = field(default=0.0, init=False)  # when the last report was read
     _diverged: Tensor | None = field(default=None, init=False)  # [], 1 once a step was not finite
 
@@ -182,6 +183,7 @@ class Trainer:
         stepped = self.backend.stepper.step(self.optimizer.optimizer)
         if stepped:
             self.schedule.step(loss)
+            self.scheduled += 1
         max_norm = self._limit_norms()
         return _Launched(
             begun, reading, rates, skipped=not stepped, max_norm=max_norm, norms=self._read_norms()
@@ -192,6 +194,7 @@ class Trainer:
         loss, samples, stop, norm = launched.reading.wait()
         self._check_finite(loss, norm)
         self.state = self.state.after_step(loss=loss, samples=int(samples))
+        self.scheduled -= not launched.skipped
         now = time.perf_counter()
         seconds, self._settled = now - max(launched.begun, self._settled), now
         norms: dict[str, float] = {}

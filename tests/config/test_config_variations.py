@@ -197,7 +197,7 @@ MEANT = [
         {"clip_l": "c.safetensors"},
         [
             "flux1_clip_l is taken as clip_l",
-            "flux1_checkbox (it is a state of the GUI); num_processes (give it to accelerate launch)",
+            "flux1_checkbox (it is a state of the GUI); num_processes (num_gpus says it, or accelerate launch)",
             "No effect: min_snr_gamma",
         ],
     ),
@@ -322,7 +322,7 @@ def test_what_cannot_be_meant_is_refused(load, text, start, advice):
         ),
         (
             ["--num_processes=2"],
-            "unknown option '--num_processes'; leave it out: give it to accelerate launch",
+            "unknown option '--num_processes'; leave it out: num_gpus says it, or accelerate launch",
         ),
         (["--double_blocks_to_swap", "2"], "here it is --blocks_to_swap"),
         (

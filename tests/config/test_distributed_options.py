@@ -192,3 +192,30 @@ def test_our_deepspeed_files_load(path: Path):
     assert loaded.config.distributed.zero_stage == int(path.stem[4])
     assert (loaded.config.distributed.offload_param_device == "cpu") == path.stem.endswith("offload")
     assert not [notice for notice in loaded.notices if "decided by" in notice]
+
+
+def test_num_gpus_is_a_number_or_all():
+    assert load().config.distributed.num_gpus is None
+    assert load("--num_gpus", "4").config.distributed.num_gpus == 4
+    assert load("--num_gpus", "all").config.distributed.num_gpus == 0
+    for wrong in ("-1", "two"):
+        with pytest.raises(ConfigError, match=f"--num_gpus {wrong}"):
+            load("--num_gpus", wrong)
+    with pytest.raises(ConfigError, match=r"--distributed 'single' .* contradicts --num_gpus 2"):
+        load("--distributed", "single", "--num_gpus", "2")
+
+
+def test_num_gpus_under_a_launcher(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for same in ("4", "all"):
+        assert any(
+            "is not needed: a launcher started" in notice for notice in load("--num_gpus", same).notices
+        )
+    with pytest.raises(
+        ConfigError, match=r"--num_gpus 8 .* but a launcher started 4 processes on this machine"
+    ):
+        load("--num_gpus", "8")
+    # A rank that --num_gpus itself started has nothing to say.
+    monkeypatch.setenv("POLYRANK_STARTER", "1:/reports")
+    assert not any("num_gpus" in notice for notice in load("--num_gpus", "8").notices)

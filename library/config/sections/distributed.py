@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.config.kinds import GpuCount
 from library.config.options import Limit, no_effect, option
 
 
@@ -17,6 +18,20 @@ class DistributedConfig:
         "what ranks train under; auto: DeepSpeed if `deepspeed` or accelerate's settings ask for it, else DDP, "
         "and neither for a single process",
         choices=("auto", "single", "ddp", "deepspeed"),
+        ours=True,
+    )
+    num_gpus: GpuCount | None = option(
+        None,
+        "how many GPUs of this machine to train on, or all (0): plain python then starts a process for each, on "
+        "the CPU where there is no GPU; a launcher is not needed",
+        limit=Limit(ge=0),
+        ours=True,
+    )
+    preflight: str = option(
+        "auto",
+        "check before anything is loaded what the ranks send one another, their versions and options, and the "
+        "machine; auto: where there are several",
+        choices=("auto", "on", "off"),
         ours=True,
     )
     local_rank: int | None = option(
