@@ -1,0 +1,112 @@
+"""Runs cut off and gone on with by other ranks: the steps of a run that nothing disturbed, to the last number."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flux_train_network import main
+from library.train.trainer import Trainer
+from tests.distributed.ranks import start
+from tests.distributed.recorder import recorded, steps_of
+from tests.e2e.running import draw_pictures, write_config
+
+ZERO2 = {"deepspeed": True, "zero_stage": 2}
+STEPS: dict[str, object] = {
+    "max_train_epochs": None, "global_batch_size": 6, "train_batch_size": 1, "network_dim": 2,
+    "t5xxl_max_token_length": 16, "network_dropout": 0.1, "shuffle_caption": True, "text_cache_variants": 4,
+    "lr_scheduler": "cosine", "lr_warmup_steps": 5, "learning_rate": 1e-3, "save_state": True, "save_last_n_steps": 10,
+    "cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True,
+}  # fmt: skip
+
+
+def kill(trainer: Trainer) -> None:
+    """kill -9, as the machine does that lacks memory."""
+    del trainer
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate(trainer: Trainer) -> None:
+    """SIGTERM, as a cluster sends it before it takes the machine away."""
+    del trainer
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifteen samples an epoch in three buckets: the third step of each is short."""
+    folder = tmp_path_factory.mktemp("data")
+    draw_pictures(folder / "2_same", [(64, 64)] * 4)
+    draw_pictures(folder / "1_wide", [(96, 64)] * 4)
+    draw_pictures(folder / "1_tall", [(64, 96)] * 3)
+    for file in folder.rglob("*.txt"):
+        file.write_text(f"{file.stem}, waves, colours, round, bright", encoding="utf-8")
+    return folder
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """L2 norm of the difference, of that of `second`."""
+    assert first.keys() == second.keys()
+    pairs = [(first[key].double(), second[key].double()) for key in second]
+    apart = sum(float((a - b).square().sum()) for a, b in pairs)
+    return (apart / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+
+
+def assert_alike(found: dict[int, Any], expected: dict[int, Any], steps: range) -> None:
+    assert set(found) == set(steps)
+    for step in steps:
+        assert found[step] == expected[step], step
+
+
+def test_a_run_goes_on_under_zero_one_process_and_ddp_as_if_nothing_had_ended_it(
+    tmp_path: Path, pictures: Path
+):
+    """100 steps: 37 on two ranks until one is killed, up to 78 on one until SIGTERM, the rest on three."""
+
+    def config(name: str, **changes: object) -> str:
+        options = {**STEPS, "max_train_steps": 100, "save_every_n_steps": 10, **changes}
+        return str(write_config(tmp_path / f"{name}.toml", pictures, tmp_path / name, **options))
+
+    with recorded(tmp_path / "whole steps"):
+        assert main(["--config_file", config("whole")]) == 0
+    whole = steps_of(tmp_path / "whole steps")
+    assert set(whole) == set(range(1, 101))
+    assert len({step["rates"]["unet"] for step in whole.values()}) > 90
+
+    def leg(name: str, ranks: int, blows: dict[Any, Any], **changes: object) -> tuple[list[int | None], str]:
+        running = start(
+            ["--config_file", config("cut", **changes), "--resume", "auto"],
+            ranks=ranks, screens=tmp_path / name, around=partial(recorded, tmp_path / name, blows),
+        )  # fmt: skip
+        return running.ended(patience=0.0 if kill in blows.values() else 20.0), running.said()
+
+    codes, _ = leg("first", 2, {(1, 38): kill}, **ZERO2)
+    assert codes[1] == -signal.SIGKILL
+    assert_alike(steps_of(tmp_path / "first"), whole, range(1, 38))
+
+    # What came after the last state is done again.
+    codes, said = leg("second", 1, {(0, 78): terminate})
+    assert codes == [4], said
+    assert "at step 30" in said
+    steps = steps_of(tmp_path / "second")
+    stopped = max(steps)
+    assert stopped in (78, 79)  # a step that was launched ahead is still done
+    assert_alike(steps, whole, range(31, stopped + 1))
+    assert f"stopped at step {stopped} of 100" in said
+
+    codes, said = leg("third", 3, {})
+    assert codes == [0, 0, 0], said
+    assert f"at step {stopped}" in said
+    assert_alike(steps_of(tmp_path / "third"), whole, range(stopped + 1, 101))
+    ends = [load_file(tmp_path / name / "out.safetensors") for name in ("cut", "whole")]
+    apart = distance(*ends)
+    print("apart", apart)
+    assert apart < 1e-4
