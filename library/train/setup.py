@@ -25,7 +25,7 @@ from library.data.records import Batch
 from library.distributed.base import Backend
 from library.distributed.launch import connect, launched_rank, launched_world_size
 from library.distributed.precision import DTYPES
-from library.errors import Interrupted
+from library.errors import Interrupted, NothingToDo
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
@@ -240,7 +240,6 @@ def train(job: Job) -> Trained:
     if not finished:
         left = saver.interrupted(trainer.state)
         saver.finish()
-        backend.wait("the state is saved")  # the launcher ends all ranks as soon as one has left
         raise Interrupted(
             f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {left}, "
             "go on with --resume auto"
@@ -302,7 +301,11 @@ def batches(job: Job) -> Iterator[Batch]:
 
 @contextmanager
 def connected(config: TrainConfig) -> Iterator[Backend]:
-    """The ranks this process was started with; an error here is told to the ranks that wait."""
+    """The ranks this process was started with; an error of one is told to those that wait.
+
+    What all ranks find together ends them as a finished run does, none before the last: a launcher ends all as soon
+    as one has left, and takes its exit code for that of the run.
+    """
     backend = connect(
         config.distributed,
         dtype=DTYPES[config.training.mixed_precision],
@@ -310,6 +313,9 @@ def connected(config: TrainConfig) -> Iterator[Backend]:
     )
     try:
         yield backend
+    except (Interrupted, NothingToDo):
+        backend.close()
+        raise
     except BaseException as error:
         backend.close(failure=f"{type(error).__name__}: {error}")
         raise
