@@ -35,16 +35,17 @@ class Group:
         return box[0]
 
     def wait(self, name: str) -> None:
-        """Wait without a timeout until every rank is here; an error of one rank ends all.
-
-        Rank 0 goes last: where no launcher keeps the store it does, and others may have to ask it once more.
-        """
+        """Wait without a timeout until every rank is here; an error of one rank ends all."""
         self.store.add(f"arrived/{name}", 1)
-        self._until(f"arrived/{name}", self.world.size)
+        while self.store.add(f"arrived/{name}", 0) < self.world.size:
+            self._follow()
+            time.sleep(POLL_SECONDS)
+        self.store.add(f"seen/{name}", 1)
         if self.world.is_main:
-            self._until(f"gone/{name}", self.world.size - 1)
-        else:
-            self.store.add(f"gone/{name}", 1)
+            # It may keep the store, and be about to leave.
+            while self.store.add(f"seen/{name}", 0) < self.world.size:
+                self._follow()
+                time.sleep(POLL_SECONDS / 10)
 
     def close(self, *, failure: str | None = None) -> None:
         """Leave the group; with `failure`, tell waiting ranks why.
@@ -58,11 +59,6 @@ class Group:
             return
         self.wait("the end")  # the main rank may still be writing
         dist.destroy_process_group()
-
-    def _until(self, count: str, ranks: int) -> None:
-        while self.store.add(count, 0) < ranks:
-            self._follow()
-            time.sleep(POLL_SECONDS)
 
     def _follow(self) -> None:
         """Stop where another rank has said that it stopped."""
