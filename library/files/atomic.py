@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_BYTES = 120  # of a name, in that of its temporary file: file systems allow 255, some 143
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.tmp(\.[^.]+)?")
 
 
 def fsync(path: Path) -> None:
@@ -31,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.stem[:40]}.", suffix=f".tmp{path.suffix}", dir=path.parent
+        prefix=_prefix(path.stem), suffix=f".tmp{path.suffix}", dir=path.parent
     )
     os.close(descriptor)
     temporary = Path(name)
@@ -47,6 +51,24 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_folder(path: Path) -> Path:
+    """A new folder beside `path`: to be filled and renamed onto it, or to take it in before it is removed."""
+    return Path(tempfile.mkdtemp(prefix=_prefix(path.name), suffix=".tmp", dir=path.parent))
+
+
+def stands_for(temporary: Path) -> str | None:
+    """Name, without suffix, of the file or folder that a temporary one was to become, shortened if it is very long.
+
+    None for what no function here has named: such names begin with a dot, and are left only where a process was killed.
+    """
+    found = _TEMPORARY.fullmatch(temporary.name)
+    return None if found is None else found["name"]
+
+
+def _prefix(name: str) -> str:
+    return f".{os.fsencode(name)[:_BYTES].decode('utf-8', 'ignore')}."
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from library.distributed.base import Backend
 from library.errors import WriteFailed
 from library.files.refusals import refusals_named
 from library.optim.factory import BuiltOptimizer
-from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
+from library.train.checkpoint import STATE_SUFFIX, SavedRun, clear_leftovers, remove_run, save_run
 from library.train.naming import SavePoint, epoch_save, last_stem, model_path, step_save, step_stem
 from library.train.state import TrainState
 from library.train.trainer import StepReport
@@ -50,6 +49,8 @@ class Saver:
         self._metadata, self._capture = metadata, capture
         self._backend, self._world = backend, backend.world
         self.written: list[Path] = []
+        if self._world.is_main:
+            clear_leftovers(self._folder, config.output_name)
         self._checked = False  # whether it was said that a file was read back and is whole
 
     def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
@@ -152,7 +153,7 @@ class Saver:
             old = self._folder / f"{point.retires_state}{STATE_SUFFIX}"
             if old.exists():
                 self._release(old)
-                shutil.rmtree(old)
+                remove_run(old)
                 logger.info("removed %s", old)
                 self.written = [path for path in self.written if path != old]
 
