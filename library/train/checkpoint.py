@@ -82,14 +82,11 @@ def remove_run(folder: Path) -> None:
 
 def clear_leftovers(output_dir: Path, output_name: str | None) -> None:
     """Remove what runs of this output left half written or half removed when they were killed."""
-    for temporary in output_dir.glob(".*"):
-        name = stands_for(temporary)
-        if name is None or not is_stem(name.removesuffix(STATE_SUFFIX), output_name):
-            continue
-        if temporary.is_dir():
+    for temporary in output_dir.glob(".*.tmp"):
+        name = stands_for(temporary) or ""
+        stem = name.removesuffix(STATE_SUFFIX) if name.endswith(STATE_SUFFIX) else Path(name).stem
+        if is_stem(stem, output_name):
             shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
     for aside in output_dir.glob(f"*{STATE_SUFFIX}{OLD_SUFFIX}"):
         successor = aside.with_name(aside.name.removesuffix(OLD_SUFFIX))
         if _is_state_of(aside.name, output_name) and successor.exists():

@@ -13,7 +13,7 @@ import torch
 
 from library.config.sections.saving import SavingConfig
 from library.errors import CheckpointError
-from library.files.atomic import replacing, stands_for, temporary_folder
+from library.files.atomic import replacing, temporary_folder
 from library.files.hashes import file_sha256
 from library.train.checkpoint import (
     SavedRun,
@@ -188,14 +188,14 @@ def test_auto_resume_takes_no_state_of_an_output_whose_name_begins_alike(tmp_pat
 
 
 def half_written(path: Path) -> Path:
-    """The temporary file of a process that was killed while it wrote `path`."""
+    """What is left of a process that was killed while it wrote `path`."""
     process = os.fork()
     if process == 0:
         with replacing(path) as temporary:
             temporary.write_bytes(b"half a file")
             os._exit(0)
     os.waitpid(process, 0)
-    (left,) = (one for one in path.parent.glob(f".{path.stem}.*") if stands_for(one) == path.stem)
+    (left,) = path.parent.glob(f".{path.name}.*")
     return left
 
 
