@@ -25,7 +25,7 @@ from library.data.records import Batch
 from library.distributed.base import Backend
 from library.distributed.launch import connect, launched_rank, launched_world_size
 from library.distributed.precision import DTYPES
-from library.errors import Interrupted, NothingToDo
+from library.errors import Interrupted, NothingToDo, UserError
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
@@ -50,7 +50,7 @@ from library.train.build import (
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_result
-from library.train.exhausted import explained
+from library.train.exhausted import explained, ran_out
 from library.train.facts import MetadataWriter
 from library.train.graphs import StepGraphs
 from library.train.listeners import build_listeners
@@ -233,7 +233,8 @@ def train(job: Job) -> Trained:
             )
             stop.install()
             began = time.monotonic()
-            finished = trainer.run(batches(job))
+            with rescued(trainer, saver):
+                finished = trainer.run(batches(job))
     except Exception:
         saver.failed()
         raise
@@ -247,6 +248,20 @@ def train(job: Job) -> Trained:
     saver.finish()
     show_result(saver.written, steps=trainer.state.step - job.state.step, seconds=time.monotonic() - began)
     return trained
+
+
+@contextmanager
+def rescued(trainer: Trainer, saver: Saver) -> Iterator[None]:
+    """Surround training: where memory runs out or data is gone, the steps that were done are kept."""
+    first = trainer.state.step
+    try:
+        yield
+    except Exception as error:
+        if ran_out(error) or isinstance(error, UserError):
+            state = trainer.landed()
+            if state is not None and state.step > first:
+                saver.rescue(state)
+        raise
 
 
 def build_trainer(

@@ -40,6 +40,12 @@ def terminate(trainer: Trainer) -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
+def exhaust(trainer: Trainer) -> None:
+    """More than there is of memory, of which torch says so in its own words."""
+    del trainer
+    torch.empty(2**50)
+
+
 def ask_to_stop(trainer: Trainer) -> None:
     """SIGUSR1, as Slurm sends it some time before the end of a job."""
     del trainer
@@ -119,22 +125,30 @@ def test_a_run_goes_on_under_zero_one_process_and_ddp_as_if_nothing_had_ended_it
 
 @pytest.mark.parametrize("backend", [{}, ZERO2], ids=["ddp", "zero2"])
 def test_the_same_ranks_come_to_the_same_bits(tmp_path: Path, pictures: Path, backend: dict[str, object]):
-    """Two ranks: killed in step 8, stopped by SIGUSR1 to one of them after step 13, and never."""
+    """Two ranks: killed in step 8, without memory on one of them in step 12, asked to stop after 13, and never."""
+    said = ""
 
     def run(name: str, *folders: str, blows: dict[Any, Any]) -> list[int | None]:
+        nonlocal said
         options = {**STEPS, **backend, "max_train_steps": 16, "save_every_n_steps": 5}
         config = write_config(tmp_path / f"{name}.toml", pictures, tmp_path / name, **options)
         running = start(
             ["--config_file", str(config), "--resume", "auto"],
             ranks=2, screens=tmp_path / "screens", around=partial(recorded, tmp_path.joinpath(*folders), blows),
         )  # fmt: skip
-        return running.ended(patience=0.0 if kill in blows.values() else 20.0)
+        codes = running.ended(patience=0.0 if kill in blows.values() else 20.0)
+        said = running.said()
+        return codes
 
     assert run("whole", "steps", blows={}) == [0, 0]
     assert run("cut", "first", blows={(0, 8): kill})[0] == -signal.SIGKILL
-    assert run("cut", "second", blows={(1, 13): ask_to_stop}) == [4, 4]
-    assert run("cut", "third", blows={}) == [0, 0]
-    assert run("cut", "fourth", blows={}) == [0, 0], "nothing is left to do, on any rank"
+    assert run("cut", "second", blows={(1, 12): exhaust})[1] == 6
+    assert run("cut", "third", blows={(1, 13): ask_to_stop}) == [4, 4]
+    # A rank that holds all there is keeps what is done; under ZeRO the last save point has to do.
+    assert f"at step {10 if backend else 11}" in said
+    assert run("cut", "fourth", blows={}) == [0, 0]
+    assert "at step 13" in said
+    assert run("cut", "fifth", blows={}) == [0, 0], "nothing is left to do, on any rank"
     states = [load_file(tmp_path / name / "out-state" / "optimizer.safetensors") for name in ("cut", "whole")]
     files = [load_file(tmp_path / name / "out.safetensors") for name in ("cut", "whole")]
     for cut, whole in (states, files):
