@@ -25,7 +25,7 @@ from library.data.records import Batch
 from library.distributed.base import Backend
 from library.distributed.launch import connect, launched_rank, launched_world_size
 from library.distributed.precision import DTYPES
-from library.errors import Interrupted, NothingToDo, UserError
+from library.errors import Interrupted, NothingToDo, TrainingDiverged, UserError
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
@@ -328,7 +328,7 @@ def connected(config: TrainConfig) -> Iterator[Backend]:
     )
     try:
         yield backend
-    except (Interrupted, NothingToDo):
+    except (Interrupted, NothingToDo, TrainingDiverged):
         backend.close()
         raise
     except BaseException as error:

@@ -17,7 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["flux_train_network", "library.train.setup", "tests.distributed.recorder"])
+_SERVER.set_forkserver_preload([
+    "flux_train_network", "library.train.setup", "networks.lora_flux", "tests.distributed.recorder",
+    # What a run imports when it comes to it, more than two seconds' worth.
+    "bitsandbytes", "torch._dynamo", "transformers.models.clip.modeling_clip", "transformers.models.t5.modeling_t5",
+])  # fmt: skip
 
 Around = Callable[[], AbstractContextManager[object]]  # surrounds the run within each rank; picklable
 

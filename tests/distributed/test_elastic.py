@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flux_train_network import main
+from library.train.checkpoint import newest_run
 from library.train.trainer import Trainer
 from tests.distributed.ranks import start
 from tests.distributed.recorder import recorded, steps_of
@@ -38,6 +41,12 @@ def terminate(trainer: Trainer) -> None:
     """SIGTERM, as a cluster sends it before it takes the machine away."""
     del trainer
     signal.raise_signal(signal.SIGTERM)
+
+
+def spoil(trainer: Trainer) -> None:
+    """A number that is not finite, on this rank alone."""
+    with torch.no_grad():
+        trainer.parameters[0].fill_(float("nan"))
 
 
 def exhaust(trainer: Trainer) -> None:
@@ -125,7 +134,7 @@ def test_a_run_goes_on_under_zero_one_process_and_ddp_as_if_nothing_had_ended_it
 
 @pytest.mark.parametrize("backend", [{}, ZERO2], ids=["ddp", "zero2"])
 def test_the_same_ranks_come_to_the_same_bits(tmp_path: Path, pictures: Path, backend: dict[str, object]):
-    """Two ranks: killed in step 8, without memory on one of them in step 12, asked to stop after 13, and never."""
+    """Two ranks that nothing disturbs, and two that meet one trouble after the other, with states at 5, 10 and 15."""
     said = ""
 
     def run(name: str, *folders: str, blows: dict[Any, Any]) -> list[int | None]:
@@ -140,17 +149,51 @@ def test_the_same_ranks_come_to_the_same_bits(tmp_path: Path, pictures: Path, ba
         said = running.said()
         return codes
 
+    def cut(name: str, **blow: Any) -> list[int | None]:
+        return run("cut", name, blows={(blow["rank"], blow["step"]): blow["what"]} if blow else {})
+
     assert run("whole", "steps", blows={}) == [0, 0]
-    assert run("cut", "first", blows={(0, 8): kill})[0] == -signal.SIGKILL
-    assert run("cut", "second", blows={(1, 12): exhaust})[1] == 6
-    assert run("cut", "third", blows={(1, 13): ask_to_stop}) == [4, 4]
+    assert cut("killed", rank=0, step=8, what=kill)[0] == -signal.SIGKILL
+    # Rank 1 has begun the next step while rank 0 writes that state.
+    assert cut("not finite", rank=1, step=11, what=spoil) == [3, 3]
+    assert "at step 5" in said
+    assert cut("no memory", rank=1, step=13, what=exhaust)[1] == 6
+    assert "at step 10" in said
+    assert cut("asked", rank=1, step=14, what=ask_to_stop) == [4, 4]
     # A rank that holds all there is keeps what is done; under ZeRO the last save point has to do.
-    assert f"at step {10 if backend else 11}" in said
-    assert run("cut", "fourth", blows={}) == [0, 0]
-    assert "at step 13" in said
-    assert run("cut", "fifth", blows={}) == [0, 0], "nothing is left to do, on any rank"
+    assert f"at step {10 if backend else 12}" in said
+    assert cut("to the end") == [0, 0]
+    assert "at step 14" in said
+    assert cut("again") == [0, 0], "nothing is left to do, on any rank"
     states = [load_file(tmp_path / name / "out-state" / "optimizer.safetensors") for name in ("cut", "whole")]
     files = [load_file(tmp_path / name / "out.safetensors") for name in ("cut", "whole")]
-    for cut, whole in (states, files):
-        assert cut.keys() == whole.keys()
-        assert all(torch.equal(cut[key], whole[key]) for key in whole)
+    for found, whole in (states, files):
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+def test_killed_in_the_middle_of_saves_and_done_again_to_the_same_bits(tmp_path: Path, pictures: Path):
+    options = {**STEPS, "max_train_steps": 12, "save_every_n_steps": 1}
+    whole, cut = (
+        str(write_config(tmp_path / f"{name}.toml", pictures, tmp_path / name, **options))
+        for name in ("whole", "cut")
+    )
+    assert main(["--config_file", whole]) == 0
+    output, chance, met = tmp_path / "cut", random.Random(3), 0
+    for number in range(4):
+        running = start(["--config_file", cut, "--resume", "auto"], ranks=1, screens=tmp_path / "screens")
+        steps = len(list(output.glob("out-*-state")))
+        while len(list(output.glob("out-*-state"))) == steps and running.processes[0].is_alive():
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
+        while not (halves := list(output.glob(".*.tmp"))) and running.processes[0].is_alive():
+            pass
+        running.kill()
+        met += bool(halves)
+        assert newest_run(output, "out") is not None, number
+    assert met == 4, "it was over before it was killed"
+    assert main(["--config_file", cut, "--resume", "auto"]) == 0
+    assert not list(output.glob(".*"))
+    for name in ("out.safetensors", "out-state/optimizer.safetensors"):
+        found, expected = load_file(output / name), load_file(tmp_path / "whole" / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
