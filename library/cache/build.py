@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from library.data.problems import Problems
 from library.data.readers import CachedText
 from library.data.records import TextCond
 from library.errors import ConfigError, DatasetError
+from library.files.atomic import clear_abandoned
 from library.randomness import Visit
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def build_latents(
     are not finite.
     """
     on_disk = set(work.to_write)
+    _clear_abandoned(on_disk)
     total = len(work.to_write) + len(work.to_keep)
     done = 0
     problems = Problems()
@@ -89,6 +91,7 @@ def build_text(
     kept, and a caption that several files want is encoded once, unless they lie far apart.
     """
     on_disk = set(work.to_write)
+    _clear_abandoned(on_disk)
     needs = [*work.to_write, *work.to_keep]
     recent: dict[str, CachedText] = {}
     done = 0
@@ -123,6 +126,12 @@ def _groups(needs: Sequence[TextNeed], size: int) -> Iterator[list[TextNeed]]:
         group.append(need)
     if group:
         yield group
+
+
+def _clear_abandoned(needs: Iterable[LatentNeed | TextNeed]) -> None:
+    """Remove what a pass that was killed left half written."""
+    for folder in {need.path.parent for need in needs}:
+        clear_abandoned(folder, ".npz")
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _BYTES = 120  # of a name, in that of its temporary folder: file systems allow 255, some 143
+ABANDONED_SECONDS = 3600.0  # a file is written in seconds
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.tmp")
 
 
@@ -61,6 +63,16 @@ def stands_for(folder: Path) -> str | None:
     """The name for which a temporary folder was made, cut off if it is very long; None for any other folder."""
     found = _TEMPORARY.fullmatch(folder.name)
     return None if found is None else found["name"]
+
+
+def clear_abandoned(parent: Path, suffix: str) -> None:
+    """Remove temporary folders of names with `suffix` that nobody has written to for an hour, in a folder that others
+    may be writing to at this moment.
+    """
+    for folder in parent.glob(f".*{suffix}.*.tmp"):
+        with suppress(OSError):  # gone meanwhile
+            if stands_for(folder) is not None and time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
