@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -197,3 +198,35 @@ def test_killed_in_the_middle_of_saves_and_done_again_to_the_same_bits(tmp_path:
     for name in ("out.safetensors", "out-state/optimizer.safetensors"):
         found, expected = load_file(output / name), load_file(tmp_path / "whole" / name)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["queued ahead", "read at once"])
+def test_a_picture_that_is_gone_costs_the_step_in_hand(tmp_path: Path, pictures: Path, ahead: bool):
+    shutil.copytree(pictures, tmp_path / "data")
+    picture, aside = tmp_path / "data" / "2_same" / "picture1.png", tmp_path / "aside.png"
+    options = {
+        **STEPS, "save_state": None, "cache_latents": False, "cache_latents_to_disk": False, "max_train_steps": 12,
+        "optimizer_args": [f"fused={ahead}"],
+    }  # fmt: skip
+    cut, whole = (
+        str(write_config(tmp_path / f"{name}.toml", tmp_path / "data", tmp_path / name, **options))
+        for name in ("cut", "whole")
+    )
+    seen = []
+
+    def take(trainer: Trainer) -> None:
+        seen.append(trainer.runs_ahead)
+        picture.rename(aside)
+
+    with recorded(tmp_path / "first", {(0, 5): take}):
+        assert main(["--config_file", cut]) == 2
+    assert seen == [ahead]
+    done = max(steps_of(tmp_path / "first"))
+    assert 4 <= done < 12
+    (state,) = (tmp_path / "cut").glob("*-state")
+    assert state.name == f"out-step{done:08d}-state"
+    aside.rename(picture)
+    assert main(["--config_file", cut, "--resume", "auto"]) == 0
+    assert main(["--config_file", whole]) == 0
+    found, expected = (load_file(tmp_path / name / "out.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
