@@ -45,9 +45,9 @@ def terminate(trainer: Trainer) -> None:
 
 
 def spoil(trainer: Trainer) -> None:
-    """A number that is not finite, on this rank alone."""
+    """A loss that is not finite, on this rank alone: a number of the frozen model is not."""
     with torch.no_grad():
-        trainer.parameters[0].fill_(float("nan"))
+        next(one for one in trainer.module.parameters() if not one.requires_grad).fill_(float("nan"))
 
 
 def exhaust(trainer: Trainer) -> None:
