@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import ChainMap, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,7 @@ from library.data.problems import Problems
 from library.data.readers import CachedText
 from library.data.records import TextCond
 from library.errors import ConfigError
+from library.files.atomic import clear_abandoned
 from library.randomness import Visit
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def build_latents(
     are not finite.
     """
     on_disk = set(work.to_write)
+    _clear_abandoned(on_disk)
     total = len(work.to_write) + len(work.to_keep)
     done = 0
     problems = Problems()
@@ -131,6 +133,7 @@ def build_text(
     kept, and a caption that several files want is encoded once, unless they lie far apart.
     """
     on_disk = set(work.to_write)
+    _clear_abandoned(on_disk)
     needs = [*work.to_write, *work.to_keep]
     remembered = max(_REMEMBERED, 2 * (IN_FLIGHT + 1) * options.batch_size)
     recent: dict[str, Coming] = {}
@@ -176,6 +179,12 @@ def _groups(needs: Sequence[TextNeed], size: int) -> Iterator[list[TextNeed]]:
         group.append(need)
     if group:
         yield group
+
+
+def _clear_abandoned(needs: Iterable[LatentNeed | TextNeed]) -> None:
+    """Remove what a pass that was killed left half written."""
+    for folder in {need.path.parent for need in needs}:
+        clear_abandoned(folder, ".npz")
 
 
 def _batches(needs: Sequence[LatentNeed], size: int) -> list[list[LatentNeed]]:

@@ -64,6 +64,9 @@ class Backend(Protocol):
     world: World
     stepper: Stepper
     load_device: torch.device  # where models that are not cached away are read to before `wrap`
+    captures_alone: (
+        bool  # a rank holds all that is trained: it can write a state that the others take no part in
+    )
     in_lockstep: bool  # every rank must call the module as often as the others, when only drawing as well
 
     def wrap(self, module: nn.Module, optimizer: Optimizer, *, recordable: bool = False) -> nn.Module:

@@ -48,6 +48,7 @@ class DdpSettings:
 class DdpBackend:
     """The `Backend` of several ranks under DDP, on NCCL or gloo."""
 
+    captures_alone = True
     in_lockstep = False
 
     def __init__(self, group: Group, *, dtype: torch.dtype, settings: DdpSettings) -> None:

@@ -71,6 +71,7 @@ class DeepSpeedBackend:
     def __init__(self, group: Group, *, dtype: torch.dtype, config: DistributedConfig) -> None:
         world = group.world
         self.world: World = world
+        self.captures_alone = config.zero_stage == 0 or world.size == 1
         self.in_lockstep = config.zero_stage == 3 and world.size > 1
         # Stage 3 takes each weight from there and splits it, so no GPU ever holds the model.
         self.load_device = torch.device("cpu") if config.zero_stage == 3 else world.device

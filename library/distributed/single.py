@@ -19,6 +19,7 @@ from library.optim.state import ExportedState, export_state, import_state
 class SingleBackend:
     """The `Backend` of one process, on CPU or GPU."""
 
+    captures_alone = True
     in_lockstep = False
 
     def __init__(self, world: World, *, dtype: torch.dtype) -> None:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_BYTES = 120  # of a name, in that of its temporary folder: file systems allow 255, some 143
+ABANDONED_SECONDS = 3600.0  # a file is written in seconds
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.tmp")
 
 
 def fsync(path: Path) -> None:
@@ -25,16 +32,13 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` (same suffix); on success it is synced and renamed onto `path`.
+    """Give a path of the same name in a temporary folder beside `path`; what is written there is synced and renamed.
 
-    On an error the temporary file is removed and `path` is as it was.
+    On an error `path` is as it was, and the folder goes, with what other libraries put into it meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.stem[:40]}.", suffix=f".tmp{path.suffix}", dir=path.parent
-    )
-    os.close(descriptor)
-    temporary = Path(name)
+    folder = temporary_folder(path)
+    temporary = folder / path.name
     try:
         yield temporary
         fsync(temporary)
@@ -42,11 +46,33 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         fsync(path.parent)
     except OSError as error:
-        if error.filename in (None, name):  # a full disk names no file, others the temporary one
+        if error.filename in (None, str(temporary)):  # a full disk names no file, others the temporary one
             error.filename = str(path)
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_folder(path: Path) -> Path:
+    """A new folder beside `path`, by whose name `stands_for` knows it again."""
+    name = os.fsencode(path.name)[:_BYTES].decode("utf-8", "ignore")
+    return Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=path.parent))
+
+
+def stands_for(folder: Path) -> str | None:
+    """The name for which a temporary folder was made, cut off if it is very long; None for any other folder."""
+    found = _TEMPORARY.fullmatch(folder.name)
+    return None if found is None else found["name"]
+
+
+def clear_abandoned(parent: Path, suffix: str) -> None:
+    """Remove temporary folders of names with `suffix` that nobody has written to for an hour, in a folder that others
+    may be writing to at this moment.
+    """
+    for folder in parent.glob(f".*{suffix}.*.tmp"):
+        with suppress(OSError):  # gone meanwhile
+            if stands_for(folder) is not None and time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -7,16 +7,15 @@ A state is a folder named as Kohya names it:
                  train_state.json        position, schedule, the optimizer's plain values
                  manifest.json           SHA-256 of the other files, written last
 
-It is made under a temporary name, synced, and renamed. A folder whose manifest does not match is not a state.
+It is made under a temporary name, synced, and renamed, and removed under such a name. A folder whose manifest does not
+match is not a state. What a killed run leaves under temporary names goes when the next run of its output begins.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from library.errors import CheckpointError
-from library.files.atomic import current_umask, fsync
+from library.files.atomic import current_umask, fsync, stands_for, temporary_folder
 from library.files.hashes import file_sha256
 from library.train.naming import is_stem
 from library.train.state import STATE_VERSION, TrainState
@@ -56,11 +55,7 @@ class SavedRun:
 def save_run(folder: Path, run: SavedRun) -> None:
     """Write `run` as the state folder `folder`, replacing an older one of that name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(
-        f".{glob.escape(folder.name)}.*"
-    ):  # by a run that was killed while it wrote
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = temporary_folder(folder)
     try:
         temporary.chmod(0o777 & ~current_umask())
         save_file({k: v.contiguous() for k, v in run.network.items()}, temporary / MODEL)
@@ -76,6 +71,26 @@ def save_run(folder: Path, run: SavedRun) -> None:
         _swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a state folder; killed meanwhile, it is not left as half a state."""
+    temporary = temporary_folder(folder)
+    folder.rename(temporary / folder.name)
+    shutil.rmtree(temporary)
+
+
+def clear_leftovers(output_dir: Path, output_name: str | None) -> None:
+    """Remove what runs of this output left half written or half removed when they were killed."""
+    for temporary in output_dir.glob(".*.tmp"):
+        name = stands_for(temporary) or ""
+        stem = name.removesuffix(STATE_SUFFIX) if name.endswith(STATE_SUFFIX) else Path(name).stem
+        if is_stem(stem, output_name):
+            shutil.rmtree(temporary, ignore_errors=True)
+    for aside in output_dir.glob(f"*{STATE_SUFFIX}{OLD_SUFFIX}"):
+        successor = aside.with_name(aside.name.removesuffix(OLD_SUFFIX))
+        if _is_state_of(aside.name, output_name) and successor.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_run(folder: Path) -> SavedRun:
@@ -150,12 +165,13 @@ def _is_state_of(name: str, output_name: str | None) -> bool:
     return stem.endswith(STATE_SUFFIX) and is_stem(stem.removesuffix(STATE_SUFFIX), output_name)
 
 
-def _steps_done(folder: Path) -> tuple[int, str]:
-    """Steps that a state says it has done; -1 if it cannot be read."""
+def _steps_done(folder: Path) -> tuple[int, bool, str]:
+    """Steps that a state says it has done, -1 if it cannot be read; of two with as many, one moved aside is less."""
     try:
-        return int(json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))["step"]), folder.name
+        step = int(json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError):
-        return -1, folder.name
+        step = -1
+    return step, not folder.name.endswith(OLD_SUFFIX), folder.name
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -23,12 +23,18 @@ def explained(config: TrainConfig) -> Iterator[None]:
         remedies = ", ".join(less_memory(config))
         raise OutOfMemory(f"the GPU's memory ran out ({first}); what takes less: {remedies}") from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and _ON_THE_CPU not in str(error):
+        if not ran_out(error):
             raise
         raise OutOfMemory(
             "the machine's main memory ran out; close other programs, lower max_data_loader_n_workers and "
             "blocks_to_swap, and cache to disk (cache_latents_to_disk, cache_text_encoder_outputs_to_disk)"
         ) from error
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether memory, the GPU's or the machine's, ran out."""
+    on_the_cpu = isinstance(error, RuntimeError) and _ON_THE_CPU in str(error)
+    return on_the_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def less_memory(config: TrainConfig) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,14 @@ from library.distributed.base import Backend
 from library.errors import WriteFailed
 from library.files.refusals import refusals_named
 from library.optim.factory import BuiltOptimizer
-from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
+from library.train.checkpoint import (
+    STATE_SUFFIX,
+    SavedRun,
+    clear_leftovers,
+    remove_run,
+    save_run,
+    what_is_wrong,
+)
 from library.train.naming import SavePoint, epoch_save, last_stem, model_path, step_save, step_stem
 from library.train.state import TrainState
 from library.train.trainer import StepReport
@@ -50,6 +56,8 @@ class Saver:
         self._metadata, self._capture = metadata, capture
         self._backend, self._world = backend, backend.world
         self.written: list[Path] = []
+        if self._world.is_main:
+            clear_leftovers(self._folder, config.output_name)
         self._checked = False  # whether it was said that a file was read back and is whole
 
     def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
@@ -85,7 +93,7 @@ class Saver:
 
     def state(self, stem: str, state: TrainState) -> Path:
         """Write the state folder `<stem>-state`, with the weights that steps are taken from."""
-        folder = self._folder / f"{stem}{STATE_SUFFIX}"
+        folder = self._state_folder(stem)
         run = self._capture(state)
         if self._world.is_main:
             with refusals_named(folder):
@@ -107,6 +115,26 @@ class Saver:
         except WriteFailed as error:
             logger.error("%s", error)
             return None
+
+    def rescue(self, state: TrainState) -> None:
+        """An error of this rank, and maybe of no other, ends the run: write what is done, without the others.
+
+        Where that takes all ranks (ZeRO), or the disk refuses as well, the last state will have to do.
+        """
+        folder = self._state_folder(step_stem(self._config.output_name, state.step))
+        if folder in self.written or not self._backend.captures_alone:
+            return
+        try:
+            with refusals_named(folder):
+                save_run(folder, self._capture(state))
+        except WriteFailed as error:
+            if what_is_wrong(folder) is not None:  # or another rank, in the same trouble, was faster
+                logger.error("%s", error)
+                return
+        self.written.append(folder)
+        logger.error(
+            "what is done, %d steps, is kept in %s; --resume auto goes on from there", state.step, folder
+        )
 
     def at(self, point: SavePoint, state: TrainState, *, epoch: int) -> None:
         """Write what is due at `point`, then remove what it retires.
@@ -157,12 +185,15 @@ class Saver:
                 logger.info("removed %s", old)
                 self.written = [path for path in self.written if path != old]
         if point.retires_state and self._config.save_state:
-            old = self._folder / f"{point.retires_state}{STATE_SUFFIX}"
+            old = self._state_folder(point.retires_state)
             if old.exists():
                 self._release(old)
-                shutil.rmtree(old)
+                remove_run(old)
                 logger.info("removed %s", old)
                 self.written = [path for path in self.written if path != old]
+
+    def _state_folder(self, stem: str) -> Path:
+        return self._folder / f"{stem}{STATE_SUFFIX}"
 
     def _release(self, path: Path) -> None:
         if self._uploader is not None:

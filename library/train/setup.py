@@ -25,7 +25,7 @@ from library.data.records import Batch
 from library.distributed.base import Backend
 from library.distributed.launch import connect, expected_world_size, launched_rank
 from library.distributed.precision import DTYPES
-from library.errors import Interrupted, TrainingDiverged
+from library.errors import Interrupted, TrainingDiverged, UserError
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
@@ -52,7 +52,7 @@ from library.train.build import (
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_result
-from library.train.exhausted import explained
+from library.train.exhausted import explained, ran_out
 from library.train.facts import MetadataWriter
 from library.train.graphs import StepGraphs
 from library.train.listeners import build_listeners
@@ -244,7 +244,8 @@ def train(job: Job) -> Trained:
             )
             stop.install()
             began = time.monotonic()
-            finished = trainer.run(batches(job))
+            with rescued(trainer, saver):
+                finished = trainer.run(batches(job))
     except TrainingDiverged as error:
         # Nothing was updated with what is not finite, but the schedule has gone on.
         trained.schedule.load_state_dict(trained.schedule.state_dict(), moved=-trainer.scheduled)
@@ -257,7 +258,6 @@ def train(job: Job) -> Trained:
     if not finished:
         left = saver.interrupted(trainer.state)
         saver.finish()
-        backend.wait("the state is saved")  # the launcher ends all ranks as soon as one has left
         raise Interrupted(
             f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {left}, "
             "go on with --resume auto"
@@ -265,6 +265,20 @@ def train(job: Job) -> Trained:
     saver.finish()
     show_result(saver.written, steps=trainer.state.step - job.state.step, seconds=time.monotonic() - began)
     return trained
+
+
+@contextmanager
+def rescued(trainer: Trainer, saver: Saver) -> Iterator[None]:
+    """Surround training: where memory runs out or data is gone, the steps that were done are kept."""
+    first = trainer.state.step
+    try:
+        yield
+    except Exception as error:
+        if ran_out(error) or isinstance(error, UserError):
+            state = trainer.landed()
+            if state is not None and state.step > first:
+                saver.rescue(state)
+        raise
 
 
 def build_trainer(
@@ -319,7 +333,11 @@ def batches(job: Job) -> Iterator[Batch]:
 
 @contextmanager
 def connected(config: TrainConfig) -> Iterator[Backend]:
-    """The ranks this process was started with; an error here is told to the ranks that wait."""
+    """The ranks this process was started with; an error of one is told to those that wait.
+
+    What all ranks find together ends them as a finished run does, none before the last: a launcher ends all as soon
+    as one has left, and takes its exit code for that of the run.
+    """
     backend = connect(
         config.distributed,
         dtype=DTYPES[config.training.mixed_precision],
@@ -328,8 +346,8 @@ def connected(config: TrainConfig) -> Iterator[Backend]:
     try:
         yield backend
     except BaseException as error:
-        if not getattr(error, "together", False):
-            backend.close(failure=f"{type(error).__name__}: {error}")
+        together = getattr(error, "together", False)
+        backend.close(failure=None if together else f"{type(error).__name__}: {error}")
         raise
     backend.close()
 

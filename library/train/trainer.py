@@ -105,6 +105,8 @@ class Trainer:
     scheduled: int = field(default=0, init=False)  # steps that the schedule is ahead of the state
     _settled: float = field(default=0.0, init=False)  # when the last report was read
     _diverged: Tensor | None = field(default=None, init=False)  # [], 1 once a step was not finite
+    _flying: _Launched | None = field(default=None, init=False)  # the step that the state does not count yet
+    _updating: bool = field(default=False, init=False)  # an update has begun and not ended
 
     def run(self, batches: Iterator[Batch]) -> bool:
         """Train to the last step. False when a signal ended it early; the caller then saves the state."""
@@ -123,20 +125,32 @@ class Trainer:
         Where nothing needs the numbers of a step at once, the next step is given to the device before they
         are read: the device is never idle. Then weights may be one step ahead of the report.
         """
-        flying: _Launched | None = None
         stop = False
-        while not stop and self.state.step + (flying is not None) < self.limits.total_steps:
+        while not stop and self.state.step + (self._flying is not None) < self.limits.total_steps:
             launched = self.launch(batches)
-            if flying is not None:
-                report, stop = self.settle(flying)
+            before, self._flying = self._flying, launched
+            if before is not None:
+                report, stop = self.settle(before)
                 yield report
-            flying = launched
             if not self.runs_ahead or self._weights_wanted(self.state.step + 1):
-                report, stops = self.settle(flying)
-                flying, stop = None, stop or stops
+                report, stops = self.settle(launched)
+                self._flying, stop = None, stop or stops
                 yield report
-        if flying is not None:
-            yield self.settle(flying)[0]
+        if self._flying is not None:
+            launched, self._flying = self._flying, None
+            yield self.settle(launched)[0]
+
+    def landed(self) -> TrainState | None:
+        """The state that the weights are of, after an error; None where it cut an update off or nothing is finite."""
+        if self._updating:
+            return None
+        if self._flying is not None:
+            launched, self._flying = self._flying, None
+            try:
+                self.settle(launched)
+            except TrainingDiverged:
+                return None
+        return self.state
 
     def optimizer_step(self, batches: Iterator[Batch]) -> tuple[StepReport, bool]:
         """One step and its report at once, and whether any rank was asked to stop."""
@@ -180,11 +194,13 @@ class Trainer:
             self._check_finite(loss, length)
         adapted = {f"d*lr/{name}": rate for name, rate in self.optimizer.adapted_rates().items()}
         rates = {**self.optimizer.learning_rates(), **adapted}
+        self._updating = True
         stepped = self.backend.stepper.step(self.optimizer.optimizer)
         if stepped:
             self.schedule.step(loss)
             self.scheduled += 1
         max_norm = self._limit_norms()
+        self._updating = False
         return _Launched(
             begun, reading, rates, skipped=not stepped, max_norm=max_norm, norms=self._read_norms()
         )

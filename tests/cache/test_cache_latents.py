@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from library.cache.latents import Entry, LatentStore, check_file, latent_needs, 
 from library.data.decode import read_picture
 from library.data.images import frame, image_tensor, render
 from library.errors import ConfigError, DatasetError
+from library.files.atomic import temporary_folder
 
 
 @pytest.fixture
@@ -127,6 +129,14 @@ def test_an_interrupted_pass_goes_on(folder):
     _, encode, _ = cache_latents(data)
     assert encode.num_images == 1
     assert states(data) == [Entry.VALID] * 3
+
+
+def test_what_a_killed_pass_left_goes_once_nobody_can_be_writing_it(folder):
+    old, new, other = (temporary_folder(folder / name) for name in ("a_flux.npz", "b_flux.npz", "c.txt"))
+    for one in (old, other):
+        os.utime(one, (time.time() - 4000,) * 2)
+    cache_latents(data_of(dataset(folder)))
+    assert [one.exists() for one in (old, new, other)] == [False, True, True]
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,17 @@ import torch
 
 from library.config.sections.saving import SavingConfig
 from library.errors import CheckpointError
+from library.files.atomic import replacing, temporary_folder
 from library.files.hashes import file_sha256
-from library.train.checkpoint import SavedRun, load_run, newest_run, save_run, what_is_wrong
+from library.train.checkpoint import (
+    SavedRun,
+    clear_leftovers,
+    load_run,
+    newest_run,
+    remove_run,
+    save_run,
+    what_is_wrong,
+)
 from library.train.naming import epoch_save, epoch_stem, last_stem, step_save, step_stem
 from library.train.state import TrainState, falling_ratio
 
@@ -177,12 +187,51 @@ def test_auto_resume_takes_no_state_of_an_output_whose_name_begins_alike(tmp_pat
     assert newest_run(tmp_path, None) == tmp_path / "at-step00000003-state"
 
 
-def test_what_a_killed_run_left_half_written_goes_with_the_next_save(tmp_path: Path):
-    half = tmp_path / ".out-state.abc123"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half a file")
+def half_written(path: Path) -> Path:
+    """What is left of a process that was killed while it wrote `path`."""
+    process = os.fork()
+    if process == 0:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half a file")
+            os._exit(0)
+    os.waitpid(process, 0)
+    (left,) = path.parent.glob(f".{path.name}.*")
+    return left
+
+
+def test_what_killed_runs_left_goes_with_the_next_run_of_the_output(tmp_path: Path):
+    long = "a name that says what it is, of whom, by whom, and when"
+    for name in ("out", long):
+        gone = [half_written(tmp_path / f"{stem}.safetensors") for stem in (name, f"{name}-step00000010")]
+        gone += [temporary_folder(tmp_path / f"{stem}-state") for stem in (name, f"{name}-000002")]
+        save_run(tmp_path / f"{name}-000001-state", a_run(5))
+        gone.append(shutil.copytree(tmp_path / f"{name}-000001-state", tmp_path / f"{name}-000001-state.old"))
+        # Of another output, of nobody we know, and what only waits for its successor.
+        stays = [
+            half_written(tmp_path / f"{name}-v2.safetensors"),
+            temporary_folder(tmp_path / f"{name}-v2-state"),
+        ]
+        stays += [tmp_path / ".out.safetensors", tmp_path / ".tmp", tmp_path / "x.tmp"]
+        for path in stays[2:]:
+            path.touch()
+        save_run(tmp_path / f"{name}-step00000007-state.old", a_run(7))
+        stays += [tmp_path / f"{name}-000001-state", tmp_path / f"{name}-step00000007-state.old"]
+        assert newest_run(tmp_path, name) == stays[-1]
+        clear_leftovers(tmp_path, name)
+        assert not [path for path in gone if path.exists()]
+        assert all(path.exists() for path in stays)
+
+
+def test_a_state_that_was_replaced_is_older_than_its_successor(tmp_path: Path):
+    save_run(tmp_path / "out-step00000007-state.old", a_run(7))
+    save_run(tmp_path / "out-step00000007-state", a_run(7))
+    assert newest_run(tmp_path, "out") == tmp_path / "out-step00000007-state"
+
+
+def test_a_state_removed_leaves_nothing(tmp_path: Path):
     save_run(tmp_path / "out-state", a_run())
-    assert [p.name for p in tmp_path.iterdir()] == ["out-state"]
+    remove_run(tmp_path / "out-state")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_with_a_damaged_manifest_or_of_another_version_is_refused(tmp_path: Path):
