@@ -185,6 +185,16 @@ def test_a_wish_to_stop_ends_after_the_steps_in_hand():
     assert log.steps[-1] < STEPS
 
 
+def test_a_run_that_has_enough_ends_before_another_step_is_given():
+    with trainer() as (made, stream):
+        log = Log(made, (3,))  # where it is decided, the weights are wanted: by validation
+        made.listeners = (log,)
+        made.has_enough = lambda state: state.step >= 3
+        assert made.run(stream)
+        assert log.steps == [1, 2, 3]
+        assert int(next(iter(made.optimizer.optimizer.state.values()))["step"]) == 3
+
+
 def test_seconds_add_up_to_the_time_that_passed():
     with trainer() as (made, stream):
         log = Log(made, ())
