@@ -15,7 +15,19 @@ from library.config.train_config import TrainConfig
 from library.data.plan import Plan
 from library.preflight.facts import CacheFacts, DiskFacts, FileFacts, TrainedFacts
 from library.train.checkpoint import STATE_SUFFIX
-from library.train.naming import SavePoint, epoch_save, last_stem, save_every_n_epochs, step_save
+from library.train.naming import (
+    SavePoint,
+    card_path,
+    epoch_save,
+    last_stem,
+    model_path,
+    picture_start,
+    save_every_n_epochs,
+    step_save,
+    workflow_path,
+)
+
+WORKFLOW_BYTES, CARD_BYTES = 9_000, 4_000  # about
 
 
 def files_to_write(
@@ -88,37 +100,42 @@ def disks(
 
 
 def _saved(config: TrainConfig, plan: Plan, trained: TrainedFacts, first_step: int) -> list[FileFacts]:
-    """Network files and states, with the step at which each is retired."""
+    """Network files with their workflows, states, and the card, with the step at which each is retired."""
     saving, files = config.saving, dict[Path, FileFacts]()
+    sizes = {"network": trained.network_bytes, "state": trained.state_bytes, "workflow": WORKFLOW_BYTES}
+    kinds = ["network"] if saving.no_workflow else ["network", "workflow"]
 
-    def write(file: FileFacts, retires: str | None = None) -> None:
-        files[file.path] = file
-        old = file.path.with_name(f"{retires}{_ending(config, file.kind)}")
-        if retires and old in files:
-            files[old] = replace(files[old], removed_at=file.step)
+    def write(kind: str, stem: str, step: int, epoch: int | None, retires: str | None = None) -> None:
+        path = _path(config, kind, stem)
+        files[path] = FileFacts(
+            path=path, kind=kind, step=step, epoch=epoch, bytes=sizes[kind], exists=path.exists()
+        )
+        if retires and (old := _path(config, kind, retires)) in files:
+            files[old] = replace(files[old], removed_at=step)
 
     for step, epoch, point in save_points(config, plan, first_step):
-        write(_file(config, trained, "network", point.stem, step, epoch), point.retires_model)
+        for kind in kinds:
+            write(kind, point.stem, step, epoch, point.retires_model)
         if saving.save_state:
-            write(_file(config, trained, "state", point.stem, step, epoch), point.retires_state)
+            write("state", point.stem, step, epoch, point.retires_state)
     last, total, epochs = last_stem(saving.output_name), plan.total_steps, plan.num_epochs
     if saving.save_state or saving.save_state_on_train_end:
-        write(_file(config, trained, "state", last, total, epochs))
-    write(_file(config, trained, "network", last, total, epochs))
+        write("state", last, total, epochs)
+    for kind in kinds:
+        write(kind, last, total, epochs)
+    if not saving.no_model_card:
+        path = card_path(saving)
+        files[path] = FileFacts(
+            path=path, kind="card", step=total, epoch=epochs, bytes=CARD_BYTES, exists=path.exists()
+        )
     return list(files.values())
 
 
-def _file(
-    config: TrainConfig, trained: TrainedFacts, kind: str, stem: str, step: int, epoch: int | None
-) -> FileFacts:
-    assert config.saving.output_dir is not None, "checked by the config rules"
-    path = config.saving.output_dir / (stem + _ending(config, kind))
-    size = trained.network_bytes if kind == "network" else trained.state_bytes
-    return FileFacts(path=path, kind=kind, step=step, epoch=epoch, bytes=size, exists=path.exists())
-
-
-def _ending(config: TrainConfig, kind: str) -> str:
-    return f".{config.saving.save_model_as or 'safetensors'}" if kind == "network" else STATE_SUFFIX
+def _path(config: TrainConfig, kind: str, stem: str) -> Path:
+    network = model_path(config.saving, stem)
+    if kind == "state":
+        return network.with_name(f"{stem}{STATE_SUFFIX}")
+    return workflow_path(network) if kind == "workflow" else network
 
 
 def save_points(
@@ -142,10 +159,8 @@ def save_points(
 
 def _samples(config: TrainConfig, prompts: Sequence[SamplePrompt], step: int, epoch: int | None) -> FileFacts:
     assert config.saving.output_dir is not None
-    name = config.saving.output_name
-    moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
-    pattern = f"{f'{name}_' if name else ''}{moment}_*.png"
+    start = picture_start(config.saving.output_name, epoch=epoch, step=step)
     return FileFacts(
-        path=config.saving.output_dir / "sample" / pattern, kind="samples", step=step, epoch=epoch,
+        path=config.saving.output_dir / "sample" / f"{start}_*.png", kind="samples", step=step, epoch=epoch,
         bytes=sum(prompt.width * prompt.height * 3 for prompt in prompts),
     )  # fmt: skip

@@ -176,13 +176,14 @@ def image_encoder(
 
 def prompt_texts(prompts: Sequence[SamplePrompt]) -> list[str]:
     """Every text that drawing `prompts` will ask conditions of."""
-    return [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)]
+    unwanted = [prompt.negative_prompt for prompt in prompts if prompt.is_guided]
+    return list(dict.fromkeys([*(prompt.prompt for prompt in prompts), *unwanted]))
 
 
 def encode_prompts(encoders: FluxTextEncoders, prompts: Sequence[str]) -> dict[str, TextCond]:
     """Conditions by prompt text, one prompt at a time, kept on the CPU."""
     conditions = {}
-    for prompt in dict.fromkeys(prompts):
+    for prompt in prompts:
         text = encoders.encode([prompt])
         conditions[prompt] = TextCond(text.clip_pooled.cpu(), text.t5_hidden.cpu(), text.t5_mask.cpu())
     return conditions

@@ -14,10 +14,13 @@ from library.data.dataset import load_batches
 from library.data.records import TextCond, TokenIds
 from library.flow.objective import Objective
 from library.train.build import Job, Trained
+from library.train.card import CardListener, card_text
 from library.train.metrics import MetricsListener, public_options, secret_values
+from library.train.naming import card_path
 from library.train.preview import PreviewListener
 from library.train.progress import ProgressListener
 from library.train.saving import Saver, SavingListener
+from library.train.scenes import Scenes
 from library.train.trackers import start_trackers, wanted
 from library.train.trainer import Listener
 from library.train.validate import ValidationListener, Validator, fixed_timesteps
@@ -25,7 +28,7 @@ from library.train.validate import ValidationListener, Validator, fixed_timestep
 
 @contextmanager
 def build_listeners(
-    job: Job, trained: Trained, saver: Saver, *, adapter: ModelAdapter, objective: Objective
+    job: Job, trained: Trained, saver: Saver, scenes: Scenes, *, adapter: ModelAdapter, objective: Objective
 ) -> Iterator[Sequence[Listener]]:
     """The listeners that the options ask for; bar and trackers are closed on leaving, error or not."""
     config, plan = job.config, job.data.plan
@@ -43,8 +46,18 @@ def build_listeners(
         metrics = _metrics(job)
         listeners.append(metrics)
     listeners.append(SavingListener(saver, config.saving, num_epochs=plan.num_epochs))
-    if job.prompts:
-        listeners.append(_previews(job, trained, metrics))
+    previews = _previews(job, trained, scenes, metrics) if job.prompts else None
+    if previews is not None:
+        listeners.append(previews)
+    if job.backend.world.is_main and not config.saving.no_model_card:
+        listeners.append(
+            CardListener(
+                path=card_path(config.saving),
+                saver=saver,
+                pictures=lambda: previews.newest if previews is not None else (),
+                text=lambda state, drawn: card_text(job, trained, saver, state, drawn),
+            )
+        )
     failed = True
     try:
         yield listeners
@@ -82,26 +95,25 @@ def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Obj
     )
 
 
-def _previews(job: Job, trained: Trained, metrics: MetricsListener | None) -> PreviewListener:
-    output_dir = job.config.saving.output_dir
-    assert output_dir is not None, "checked by the config rules"
-    # Ranks share the prompts out, unless all of them are needed for each picture.
-    world, together = job.backend.world, job.backend.in_lockstep
-    previewer = FluxPreviewer(
+def _previews(job: Job, trained: Trained, scenes: Scenes, metrics: MetricsListener | None) -> PreviewListener:
+    if any(prompt.strength != 1 for prompt in job.prompts):
+        trained.network.set_multiplier(1.0)  # a network that cannot is refused here, not at the first picture
+    painter = FluxPreviewer(
         module=trained.root,
         autoencoder=job.loader.autoencoder(),
         conditions=_conditions(job, trained.root),
+        set_strength=trained.network.set_multiplier,
         device=job.backend.world.device,
         shifted=job.loader.files.is_dev,
         seed=job.state.seed,
     )
     return PreviewListener(
-        draw=previewer,
-        prompts=job.prompts if together else job.prompts[world.rank :: world.size],
-        config=job.config.sampling,
-        folder=output_dir / "sample" if world.is_main or not together else None,
-        output_name=job.config.saving.output_name,
+        painter=painter,
+        prompts=job.prompts,
+        config=job.config,
         optimizer=trained.optimizer,
+        backend=job.backend,
+        scene=scenes.picture,
         on_image=metrics.on_image if metrics is not None else None,
     )
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from library.config.sections.saving import SavingConfig
 from library.distributed.base import Backend
 from library.errors import WriteFailed
+from library.files.atomic import write_text
 from library.files.refusals import refusals_named
 from library.optim.factory import BuiltOptimizer
 from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
-from library.train.naming import SavePoint, epoch_save, last_stem, model_path, step_save, step_stem
+from library.train.naming import (
+    SavePoint,
+    epoch_save,
+    last_stem,
+    model_path,
+    step_save,
+    step_stem,
+    workflow_path,
+)
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 from library.train.upload import Uploader
@@ -30,6 +42,14 @@ SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is said of a network file: in its header, and in the ComfyUI workflow beside it (None: there is none)."""
+
+    metadata: Callable[[TrainState, int], Mapping[str, str]]
+    workflow: Callable[[Path], Mapping[str, Any]] | None = None
+
+
 class Saver:
     """Writes model files and state folders. Every rank calls it and gives what it holds; rank 0 writes."""
 
@@ -38,18 +58,21 @@ class Saver:
         *,
         config: SavingConfig,
         network: NetworkHandle,
-        metadata: Callable[[TrainState, int], Mapping[str, str]],
+        about: About,
         capture: Callable[[TrainState], SavedRun],
         backend: Backend,
         optimizer: BuiltOptimizer,
         uploader: Uploader | None = None,
     ) -> None:
-        self._optimizer, self._uploader = optimizer, uploader
+        self._optimizer, self._about, self.uploader = optimizer, about, uploader
         assert config.output_dir is not None, "checked by the config rules"
         self._config, self._folder, self._network = config, config.output_dir, network
-        self._metadata, self._capture = metadata, capture
+        self._capture = capture
         self._backend, self._world = backend, backend.world
         self.written: list[Path] = []
+        self.saves = 0  # network files written
+        self.newest: Path | None = None  # the network file written last
+        self.readers = ""  # the programs that load it
         self._checked = False  # whether it was said that a file was read back and is whole
 
     def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
@@ -60,19 +83,36 @@ class Saver:
             if self._world.is_main:
                 dtype = SAVE_DTYPES[self._config.save_precision]
                 with refusals_named(path):
-                    self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
+                    self._network.save(path, dtype=dtype, metadata=self._about.metadata(state, epoch))
         if self._world.is_main:
             seconds = time.perf_counter() - start
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
             self._check(path)
             self.written.append(path)
-            if self._uploader is not None:
-                self._uploader.put(path, now=final)
+            self.saves, self.newest = self.saves + 1, path
+            self._write_workflow(path)
+            if self.uploader is not None:
+                self.uploader.put(path, now=final)
         return path
+
+    def _write_workflow(self, path: Path) -> None:
+        """Write the ComfyUI workflow of a network file beside it."""
+        if self._about.workflow is None:
+            return
+        target = workflow_path(path)
+        try:
+            with refusals_named(target):
+                write_text(target, json.dumps(self._about.workflow(path), indent=1) + "\n")
+        except WriteFailed as error:
+            logger.warning("%s The network file is whole", error)
+            return
+        if self.uploader is not None:
+            self.uploader.put(target)
 
     def _check(self, path: Path) -> None:
         """Read the file as a stranger would; what is wrong is said each time, that all is well once."""
         report = read_back(path)
+        self.readers = report.readers
         for problem in report.problems:
             logger.warning("%s: %s", path.name, problem)
         if not report.problems and not self._checked:
@@ -92,8 +132,8 @@ class Saver:
                 save_run(folder, run)
             logger.info("saved the state in %s", folder)
             self.written.append(folder)
-            if self._uploader is not None and self._config.save_state_to_huggingface:
-                self._uploader.put(folder)
+            if self.uploader is not None and self._config.save_state_to_huggingface:
+                self.uploader.put(folder)
         return folder
 
     def interrupted(self, state: TrainState) -> Path:
@@ -129,8 +169,8 @@ class Saver:
 
     def finish(self) -> None:
         """Wait, not for ever, until everything is uploaded."""
-        if self._uploader is not None:
-            self._uploader.finish()
+        if self.uploader is not None:
+            self.uploader.finish()
 
     def failed(self) -> None:
         """An error ends the run: say what is left of it, and upload that."""
@@ -144,8 +184,9 @@ class Saver:
         if point.retires_model:
             old = model_path(self._config, point.retires_model)
             if old.exists():
-                self._release(old)
-                old.unlink()
+                for path in (old, workflow_path(old)):
+                    self._release(path)
+                    path.unlink(missing_ok=True)
                 logger.info("removed %s", old)
                 self.written = [path for path in self.written if path != old]
         if point.retires_state and self._config.save_state:
@@ -157,8 +198,8 @@ class Saver:
                 self.written = [path for path in self.written if path != old]
 
     def _release(self, path: Path) -> None:
-        if self._uploader is not None:
-            self._uploader.wait_for(path)
+        if self.uploader is not None:
+            self.uploader.wait_for(path)
 
 
 class SavingListener:

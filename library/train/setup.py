@@ -26,6 +26,7 @@ from library.distributed.base import Backend
 from library.distributed.launch import connect, launched_rank, launched_world_size
 from library.distributed.precision import DTYPES
 from library.errors import Interrupted
+from library.files import comfyui
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
@@ -65,7 +66,8 @@ from library.train.prepare import (
     start_step,
 )
 from library.train.resume import capture, choose_seed, continued_state, first_state, restore, resumed_run
-from library.train.saving import Saver
+from library.train.saving import About, Saver
+from library.train.scenes import scenes
 from library.train.signals import StopRequest
 from library.train.trackers import check as check_trackers
 from library.train.trainer import Limits, Listener, Trainer
@@ -215,10 +217,14 @@ def train(job: Job) -> Trained:
         restore(job.saved, parts, step=job.state.step)
         job = replace(job, saved=None)  # its numbers are in place: main memory need not hold them twice
     folder = hub_folder(config.saving) if backend.world.is_main else None
+    drawn = scenes(job, trained)
     saver = Saver(
         config=config.saving,
         network=trained.network,
-        metadata=MetadataWriter(job, trained),
+        about=About(
+            metadata=MetadataWriter(job, trained),
+            workflow=None if config.saving.no_workflow else lambda path: comfyui.graph(drawn.file(path)),
+        ),
         capture=lambda now: capture(now, parts),
         backend=backend,
         optimizer=trained.optimizer,
@@ -227,7 +233,7 @@ def train(job: Job) -> Trained:
     stop = StopRequest()
     objective = Objective(config.objective)
     try:
-        with build_listeners(job, trained, saver, adapter=adapter, objective=objective) as listeners:
+        with build_listeners(job, trained, saver, drawn, adapter=adapter, objective=objective) as listeners:
             trainer = build_trainer(
                 job, trained, module=module, adapter=adapter, listeners=listeners, should_stop=stop
             )
