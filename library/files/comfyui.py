@@ -169,7 +169,9 @@ def _nodes(scene: Scene) -> Sequence[_Node]:
     for row, title, text in ((1, "Prompt", wanted.prompt), (2, "Negative prompt", unwanted)):
         cond = add("CLIPTextEncode", (2, row), title, clip=clip, text=_unweighted(text))
         if names.embeds_guidance and (row == 1 or wanted.is_guided):
-            cond = add("FluxGuidance", (3, row), "Guidance", conditioning=cond, guidance=wanted.guidance_scale)
+            cond = add(
+                "FluxGuidance", (3, row), "Guidance", conditioning=cond, guidance=wanted.guidance_scale
+            )
         texts.append(cond)
     latents = add(
         "KSampler", (4, 0), "Sampler", model=model, positive=texts[0], negative=texts[1],

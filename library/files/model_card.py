@@ -142,11 +142,16 @@ def _in_diffusers(facts: CardFacts) -> str:
     where = f'"{facts.repository}"' if facts.repository else '"."'
     if facts.repository and facts.folder:
         where += f', subfolder="{facts.folder}"'
-    guidance = (
-        f"guidance_scale={example.guidance_scale:g}, " if facts.embeds_guidance else "guidance_scale=0.0, "
-    )
+    arguments = [
+        repr(example.prompt),
+        f"width={example.width}, height={example.height}, num_inference_steps={example.sample_steps}",
+        f"guidance_scale={example.guidance_scale if facts.embeds_guidance else 0:g}",
+    ]
     if example.is_guided:
-        guidance += f"true_cfg_scale={example.scale:g}, negative_prompt={example.negative_prompt!r}, "
+        arguments.append(f"true_cfg_scale={example.scale:g}, negative_prompt={example.negative_prompt!r}")
+    if example.seed is not None:
+        arguments.append(f'generator=torch.Generator("cpu").manual_seed({example.seed})')
+    listed = "\n".join(f"    {argument}," for argument in arguments)
     return f"""\
 ```python
 import torch
@@ -155,9 +160,7 @@ from diffusers import FluxPipeline
 pipeline = FluxPipeline.from_pretrained("{facts.base_model}", torch_dtype=torch.bfloat16).to("cuda")
 pipeline.load_lora_weights({where}, weight_name="{facts.file}")
 image = pipeline(
-    {example.prompt!r},
-    num_inference_steps={example.sample_steps}, {guidance}
-    width={example.width}, height={example.height},
+{listed}
 ).images[0]
 ```"""
 

@@ -14,7 +14,6 @@ from library.errors import WriteFailed
 from library.files.atomic import write_text
 from library.files.model_card import DEV, MARK, SCHNELL, CardFacts, ShownPicture, card
 from library.files.refusals import refusals_named
-from library.models import tiny
 from library.train.build import Job, Trained
 from library.train.naming import card_path, workflow_path
 from library.train.saving import Saver
@@ -119,7 +118,7 @@ def card_text(job: Job, trained: Trained, saver: Saver, state: TrainState, drawn
 def base_model(config: TrainConfig, *, is_dev: bool) -> str:
     """The base model's name on the Hub: as given, or that of the model whose architecture a file has."""
     given = config.model.pretrained_model_name_or_path or ""
-    if given.count("/") == 1 and given != tiny.NAME and not Path(given).expanduser().exists():
+    if given.count("/") == 1 and not Path(given).expanduser().exists():
         return given
     return DEV if is_dev else SCHNELL
 

@@ -117,10 +117,25 @@ class PreviewListener:
                 return self._painter.latents(prompt)
 
         if not self._backend.in_lockstep:
-            return _tried(lambda: self._painter.picture(denoise()), prompt)
+            return self._tried(lambda: self._painter.picture(denoise()), prompt)
         # A rank that fails while the others wait for its share of the weights ends the run.
         latents = denoise()
-        return _tried(lambda: self._painter.picture(latents), prompt) if self._backend.world.is_main else None
+        if not self._backend.world.is_main:
+            return None
+        return self._tried(lambda: self._painter.picture(latents), prompt)
+
+    def _tried(self, draw: Callable[[], Picture], prompt: SamplePrompt) -> Picture | None:
+        """What `draw` returns, or None and a warning. The memory of a failed attempt is given back."""
+        try:
+            return draw()
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a picture, training can go on
+            logger.log(
+                logging.WARNING if self._backend.world.is_main else logging.ERROR,  # others show no warnings
+                "sample prompt %d was not drawn, and training goes on: %s: %s",
+                prompt.index + 1, type(error).__name__, str(error).strip().split("\n", 1)[0],
+            )  # fmt: skip
+        free_memory()  # only now is nothing of it held by the error
+        return None
 
     def _write(self, path: Path, picture: Picture, scene: Scene) -> None:
         try:
@@ -134,17 +149,3 @@ class PreviewListener:
 def _opened(path: Path) -> Picture:
     with Image.open(path) as picture:
         return picture.convert("RGB")
-
-
-def _tried(draw: Callable[[], Picture], prompt: SamplePrompt) -> Picture | None:
-    """What `draw` returns, or None and a warning. The memory of a failed attempt is given back."""
-    try:
-        return draw()
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with a picture, training can go on
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        logger.warning(
-            "sample prompt %d was not drawn, and training goes on: %s: %s",
-            prompt.index + 1, type(error).__name__, reason,
-        )  # fmt: skip
-    free_memory()  # only now is nothing of it held by the error
-    return None

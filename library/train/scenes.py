@@ -73,7 +73,9 @@ class Scenes:
         if stem is not None:
             return model_path(self.saving, stem).name, f"Drawn at step {step}."
         last = model_path(self.saving, last_stem(self.saving.output_name)).name
-        note = f"Drawn at step {step}, where no file was saved; {last} is of step {self.total_steps}, the last."
+        note = (
+            f"Drawn at step {step}, where no file was saved; {last} is of step {self.total_steps}, the last."
+        )
         return last, note
 
 
