@@ -136,6 +136,14 @@ def load_prompts(source: str | Path | Sequence[str]) -> LoadedPrompts:
     return _collect(reader(read_text(path), path), str(path))
 
 
+def prompt_file(source: str | Path | Sequence[str]) -> Path | None:
+    """The file that `source` names, as `load_prompts` takes it; None for lines and literal text."""
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return None
+    path = local_path(str(source))
+    return path if path.suffix.lower() in _READERS and _is_file(path) else None
+
+
 def _is_file(path: Path) -> bool:
     """A long text is no file name, and asking the system about it is an error of its own."""
     try:

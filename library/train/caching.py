@@ -40,6 +40,7 @@ from library.distributed.base import Backend
 from library.models.autoencoder import AutoEncoder
 from library.train.loading import ModelLoader
 from library.train.prepare import Data
+from library.train.prompt_cache import PromptCache
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class CachingPhase:
 
     def text(self, data: Data, prompts: Sequence[str]) -> tuple[Data, dict[str, TextCond]]:
         """Cache the text outputs, if asked to, and encode sample prompts. The encoders are gone afterwards."""
-        config, conditions = self.config, dict[str, TextCond]()
+        config = self.config
         cached = config.caching.cache_text_encoder_outputs
         needs, store = planned_text(config, data)
         text_options = self.loader.text_options()
@@ -88,13 +89,18 @@ class CachingPhase:
         if cached:
             self._announce(TEXTS, work)
             self._announce_size(work)
-        if work.to_write or work.to_keep or prompts:
+        kept = PromptCache.of(config, text_options)
+        conditions = kept.read(prompts)
+        missing = [prompt for prompt in prompts if prompt not in conditions]
+        if work.to_write or work.to_keep or missing:
             encoders = self.loader.text_encoders(self.backend.world.device)
             with self._progress(f"caching {TEXTS}") as report:
                 options = replace(options, progress=report)
                 build_text(work, store, encoders.encode, text_options=text_options, options=options)
-            conditions = encode_prompts(encoders, prompts)
+            conditions |= encode_prompts(encoders, missing)
             del encoders
+            if missing and self.backend.world.is_main:
+                kept.write({prompt: conditions[prompt] for prompt in prompts})
             free_memory()
         self.backend.wait("text cached")
         if not cached:

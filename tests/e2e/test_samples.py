@@ -238,3 +238,35 @@ def test_a_card_of_ones_own_stays_and_both_can_be_left_out(
         save_state_on_train_end=False,
     )
     assert [path.name for path in bare.iterdir()] == ["out.safetensors"]
+
+
+def test_prompts_of_a_file_are_encoded_once_for_all_runs(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoded: list[str] = []
+    encode = FluxTextEncoders.encode
+
+    def counted(self: FluxTextEncoders, captions: list[str], *more: Any) -> Any:
+        encoded.extend(captions)
+        return encode(self, captions, *more)
+
+    monkeypatch.setattr(FluxTextEncoders, "encode", counted)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("first --w 64 --h 64 --s 1 --d 1\nsecond --w 64 --h 64 --s 1 --d 1 --l 2 --n not\n")
+    options: dict[str, object] = {
+        "sample_prompts": str(prompts), "sample_at_first": True, "max_train_steps": 1,
+        "cache_text_encoder_outputs_to_disk": True, "mixed_precision": "bf16",
+    }  # fmt: skip
+    once = trained(tmp_path / "once", pictures, **options)
+    assert {"first", "second", "not"} <= set(encoded)
+    encoded.clear()
+    again = trained(tmp_path / "again", pictures, **options)
+    assert encoded == [], "no encoder is needed"
+    for name in ("00", "01"):
+        assert np.array_equal(*(pixels(output, f"out_000000_{name}_*.png") for output in (once, again)))
+    prompts.write_text(prompts.read_text().replace("second", "third"))
+    trained(tmp_path / "changed", pictures, **options)
+    assert encoded == ["third"]
+    encoded.clear()
+    trained(tmp_path / "longer", pictures, **{**options, "t5xxl_max_token_length": 17})
+    assert {"first", "third", "not"} <= set(encoded), "made with other options"
