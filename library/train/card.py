@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import library
 from library.config.prompts import SamplePrompt
@@ -14,13 +15,15 @@ from library.errors import WriteFailed
 from library.files.atomic import write_text
 from library.files.model_card import DEV, MARK, SCHNELL, CardFacts, ShownPicture, card
 from library.files.refusals import refusals_named
-from library.train.build import Job, Trained
 from library.train.naming import card_path, workflow_path
 from library.train.saving import Saver
 from library.train.scenes import STRENGTH, example_prompt
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 from library.train.trigger import trigger_words
+
+if TYPE_CHECKING:
+    from library.train.build import Job, Trained
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.cache.survey import can_write
 from library.cache.text import TextNeed, TextOptions, compacted, still_valid, write_file
 from library.config.prompts import prompt_file
 from library.config.train_config import TrainConfig
@@ -40,7 +39,7 @@ class PromptCache:
 
     def write(self, conditions: Mapping[str, TextCond]) -> None:
         """Keep `conditions` in place of what is there. That they cannot be kept is no error."""
-        if self.base is None or not can_write(self.base.parent):
+        if self.base is None:
             return
         need = self._need(tuple(conditions))
         outputs = [
@@ -49,9 +48,7 @@ class PromptCache:
         try:
             write_file(need, outputs, options=self.options)
         except OSError as error:
-            logger.warning(
-                "%s could not be written (%s); prompts are encoded again in the next run", need.path, error
-            )
+            logger.info("%s cannot be written (%s); the next run encodes its prompts again", need.path, error)
 
     def _need(self, texts: Sequence[str]) -> TextNeed:
         return TextNeed(str(self.base), tuple(texts))

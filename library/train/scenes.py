@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.adapters.sampling import seed_of
 from library.config.prompts import SamplePrompt
 from library.config.sections.saving import SavingConfig
 from library.files.comfyui import Adapter, ModelNames, Scene
 from library.models.identify import model_files
-from library.train.build import Job, Trained
 from library.train.naming import last_stem, model_path, saved_at
 from library.train.prepare import ModelFiles
 from library.train.trigger import trigger_words
+
+if TYPE_CHECKING:
+    from library.train.build import Job, Trained
 
 STRENGTH = 0.8  # of an adapter in a workflow to begin with
 SIDE = 1024  # pixels
