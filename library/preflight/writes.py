@@ -123,7 +123,7 @@ def _saved(config: TrainConfig, plan: Plan, trained: TrainedFacts, first_step: i
         write("state", last, total, epochs)
     for kind in kinds:
         write(kind, last, total, epochs)
-    if not saving.no_model_card:
+    if not saving.no_card:
         path = card_path(saving)
         files[path] = FileFacts(
             path=path, kind="card", step=total, epoch=epochs, bytes=CARD_BYTES, exists=path.exists()

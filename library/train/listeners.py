@@ -49,7 +49,7 @@ def build_listeners(
     previews = _previews(job, trained, scenes, metrics) if job.prompts else None
     if previews is not None:
         listeners.append(previews)
-    if job.backend.world.is_main and not config.saving.no_model_card:
+    if job.backend.world.is_main and not config.saving.no_card:
         listeners.append(
             CardListener(
                 path=card_path(config.saving),

@@ -32,6 +32,7 @@ OURS = {"global_batch_size", "dry_run", "dry_run_json", "strict_config", "ignore
 OURS |= {"text_cache_variants", "trigger_word", "skip_image_resolution"}
 OURS |= {"distributed", "ds_config", "local_rank"}
 OURS |= {"base_compute", "compile_blocks", "attention", "join_adapter", "recompute"}
+OURS |= {"no_workflow", "no_card"}
 # The type that Kohya's parser declares for options of each of our types.
 KOHYA_TYPES = {
     "bool": "bool",

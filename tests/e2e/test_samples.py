@@ -233,7 +233,7 @@ def test_a_card_of_ones_own_stays_and_both_can_be_left_out(
         tmp_path / "bare",
         pictures,
         "--no_workflow",
-        "--no_model_card",
+        "--no_card",
         max_train_steps=1,
         save_state_on_train_end=False,
     )

@@ -26,7 +26,7 @@ class SavingConfig:
     no_workflow: bool = option(
         False, "write no ComfyUI workflow (NAME.workflow.json) beside adapter files", ours=True
     )
-    no_model_card: bool = option(False, "write no model card (OUTPUT_NAME.md)", ours=True)
+    no_card: bool = option(False, "write no model card (OUTPUT_NAME.md)", ours=True)
     save_every_n_epochs: int | None = option(
         None, "save the adapter every n epochs", limit=EPOCHS, unset=(0,)
     )
