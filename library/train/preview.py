@@ -107,9 +107,9 @@ class PreviewListener:
             return
         self.newest = tuple((prompt, path) for prompt, path in paths.items() if path.is_file())
         if self._on_image is not None:
-            for prompt, path in paths.items():
-                if prompt in drawn or path.is_file():
-                    self._on_image(prompt.index, drawn.get(prompt) or _opened(path), state)
+            drawn |= {prompt: _opened(path) for prompt, path in self.newest if prompt not in drawn}
+            for prompt in (prompt for prompt in self._prompts if prompt in drawn):
+                self._on_image(prompt.index, drawn[prompt], state)
 
     def _draw(self, prompt: SamplePrompt) -> Picture | None:
         def denoise() -> Tensor:
