@@ -31,7 +31,7 @@ KOHYA = {row["dest"]: row for row in json.loads((ROOT / "tests/data/config/kohya
 OURS = {"global_batch_size", "dry_run", "dry_run_json", "strict_config", "ignore_advice"}
 OURS |= {"text_cache_variants", "trigger_word", "skip_image_resolution"}
 OURS |= {"distributed", "ds_config", "local_rank"}
-OURS |= {"base_compute", "compile_blocks", "attention", "join_adapter", "recompute"}
+OURS |= {"base_compute", "compile_blocks", "attention", "join_adapter", "recompute", "cuda_graphs"}
 OURS |= {"no_workflow", "no_card"}
 # The type that Kohya's parser declares for options of each of our types.
 KOHYA_TYPES = {
