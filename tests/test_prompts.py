@@ -34,6 +34,7 @@ def test_defaults_are_kohyas():
             sample_steps=20,
             scale=1.0,
             guidance_scale=3.5,
+            strength=1.0,
         ),
     )
 
@@ -120,6 +121,22 @@ def test_what_is_not_meant_so_is_reported(line, sentence):
     import re
 
     assert re.search(sentence, notice)
+
+
+def test_the_strength_of_the_network_is_a_flag_and_a_key_of_ours(tmp_path):
+    loaded = load_prompts(["a --m 0.5 --g 2", "b --M 0", "c --m -.5", "m 3 things"])
+    assert [one.strength for one in loaded.prompts] == [0.5, 0.0, -0.5, 1.0]
+    assert loaded.prompts[3].prompt == "m 3 things", "Kohya knows no such flag, so nothing may change there"
+    assert loaded.notices == ()
+    (tmp_path / "p.json").write_text(
+        '[{"prompt": "a", "strength": 0.8}, {"prompt": "b", "network_multiplier": 1}]'
+    )
+    first, second = load_prompts(tmp_path / "p.json").prompts
+    assert (first.strength, second.strength) == (0.8, 1.0)
+    (said,) = load_prompts(tmp_path / "p.json").notices
+    assert said.endswith("did you mean strength?")
+    (tmp_path / "p.toml").write_text('[prompt]\nprompt = "a"\nstrength = 0\n')
+    assert load_prompts(tmp_path / "p.toml").prompts[0].strength == 0
 
 
 def test_a_good_line_is_not_commented():

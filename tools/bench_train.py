@@ -40,7 +40,7 @@ from library.models.params import FluxParams
 from library.train.build import Job, Trained, build_adapter, build_trained
 from library.train.checkpoint import load_run
 from library.train.resume import capture, restore
-from library.train.saving import Saver, Weights
+from library.train.saving import About, Saver, Weights
 from library.train.setup import batches, build_trainer, connected, wrap
 from library.train.state import TrainState
 from library.train.trainer import StepReport, Trainer
@@ -250,7 +250,7 @@ def saving(job: Job, trained: Trained, state: TrainState) -> dict[str, float]:
     saver = Saver(
         config=replace(job.config.saving, output_dir=folder, output_name="bench"),
         weights=Weights(trained.network, trained.optimizer.evaluating, None, judged_by_ema=False),
-        metadata=lambda state, epoch: {},
+        about=About(metadata=lambda state, epoch: {}),
         capture=lambda now: capture(now, parts),
         backend=job.backend,
     )

@@ -1,8 +1,8 @@
-"""Sample pictures: FLUX's time schedule, the Euler loop, and the picture and file name that come out.
+"""Sample pictures: FLUX's time schedule, the Euler loop, and the picture that comes out.
 
-The loop takes the model as a callable, so it knows no module, device placement or precision. Noise comes from
-a CPU generator, so a seed gives the same picture on every machine (the reference draws on the device).
-Encoding prompts and decoding latents is the caller's.
+The loop takes the model as a callable, so it knows no module, device placement or precision. Noise is drawn as
+ComfyUI draws it and diffusers with a CPU generator: a seed starts from the same noise here, there, and on every
+machine (Kohya draws on the device). Encoding prompts and decoding latents is the caller's.
 
 Shape letters: B samples (1, or 2 under classifier-free guidance), h w latent cells, H W pixels.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from itertools import pairwise
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from library.config.prompts import SamplePrompt
 from library.data.records import TextCond
-from library.flow.path import num_tokens, unpack
+from library.flow.path import num_tokens
 from library.flow.timesteps import resolution_mu
 from library.randomness import integer
 
@@ -52,16 +51,18 @@ def schedule_for(prompt: SamplePrompt, *, shift: bool = True) -> tuple[float, ..
 
 
 def initial_noise(prompt: SamplePrompt, *, run_seed: int) -> Tensor:  # [1, 16, h, w] float32, on the CPU
-    """The noise a prompt's picture starts from, by its seed.
+    """The noise a prompt's picture starts from, by its seed."""
+    generator = torch.Generator(device="cpu").manual_seed(seed_of(prompt, run_seed=run_seed))
+    return torch.randn(1, LATENT_CHANNELS, prompt.height // CELL, prompt.width // CELL, generator=generator)
 
-    A prompt without a seed gets one made of `run_seed` and its index: the same picture at every checkpoint,
-    so that what changes is the training. The numbers are drawn in packed order, as in the reference.
+
+def seed_of(prompt: SamplePrompt, *, run_seed: int) -> int:
+    """The seed of a prompt's picture.
+
+    A prompt without one gets one made of `run_seed` and its index: the same picture at every checkpoint, so that
+    what changes is the training. It has 32 bits, since not every program that shows it can hold more.
     """
-    height, width = prompt.height // CELL, prompt.width // CELL
-    seed = integer(run_seed, "sample", prompt.index) if prompt.seed is None else prompt.seed
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    packed = torch.randn(1, num_tokens(height, width), LATENT_CHANNELS * 4, generator=generator)
-    return unpack(packed, height=height, width=width)
+    return integer(run_seed, "sample", prompt.index, bits=32) if prompt.seed is None else prompt.seed
 
 
 @torch.no_grad()
@@ -110,15 +111,3 @@ def to_image(decoded: Tensor) -> Image.Image:  # [1, 3, H, W] or [3, H, W] in [-
     scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
     array = rearrange(scaled, "c h w -> h w c").cpu().numpy().astype(np.uint8)
     return Image.fromarray(array)
-
-
-def sample_file_name(
-    prompt: SamplePrompt, *, output_name: str | None, epoch: int | None, step: int, when: datetime
-) -> str:
-    """Kohya's name in <output_dir>/sample: by `epoch` if the picture is drawn at its end, else by optimizer
-    `step`.
-    """
-    prefix = f"{output_name}_" if output_name else ""
-    place = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
-    seed = "" if prompt.seed is None else f"_{prompt.seed}"
-    return f"{prefix}{place}_{prompt.index:02d}_{when:%Y%m%d%H%M%S}{seed}.png"

@@ -38,6 +38,12 @@ class SamplePrompt:
     sample_steps: int = 20
     scale: float = 1.0  # classifier-free guidance: two passes a step
     guidance_scale: float = DEFAULT_GUIDANCE  # the guidance that FLUX.1 dev was distilled with, one pass
+    strength: float = 1.0  # of the network; 0 draws the base model
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether classifier-free guidance is on, and so whether the negative prompt counts."""
+        return self.scale != 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class Flag:
     read: Callable[[str], int | float | str]
 
 
-FLAGS: Mapping[str, Flag] = {
+FLAGS: dict[str, Flag] = {
     "w": Flag(r"\d+", "width", int),
     "h": Flag(r"\d+", "height", int),
     "d": Flag(r"\d+", "seed", int),
@@ -66,6 +72,8 @@ FLAGS: Mapping[str, Flag] = {
     "g": Flag(r"\d+\.?\d*|\.\d+", "guidance_scale", float),
     "n": Flag(r".+", "negative_prompt", str),
 }
+# Not in Kohya's prompt files, where such a part is ignored; Kohya's drawing script for FLUX takes the letter so.
+OUR_FLAGS: dict[str, Flag] = {"m": Flag(r"-?\d+\.?\d*|-?\.\d+", "strength", float)}
 
 # Kohya's flags and keys for other model families
 FLAGS_WITHOUT_EFFECT = ("ss", "cn", "ctr", "rcfg", "fs")
@@ -87,6 +95,9 @@ MEANINGS: Mapping[str, tuple[str, ...]] = {
     "negative": ("n",),
     "negative_prompt": ("n",),
     "no": ("n",),
+    "lora_strength": ("m",),
+    "multiplier": ("m",),
+    "network_multiplier": ("m",),
 }
 ABOUT: Mapping[str, str] = {"l": " (classifier-free guidance)", "g": " (FLUX dev's distilled guidance)"}
 KEYS: Mapping[str, type] = {
@@ -98,6 +109,7 @@ KEYS: Mapping[str, type] = {
     "sample_steps": int,
     "scale": float,
     "guidance_scale": float,
+    "strength": float,
 }
 
 TYPES: Mapping[type, str] = {str: "text", int: "a whole number", float: "a number"}
@@ -122,6 +134,14 @@ def load_prompts(source: str | Path | Sequence[str]) -> LoadedPrompts:
     if reader is None:
         raise ConfigError(f"sample_prompts {path}: a prompt file ends in {', '.join(_READERS)}")
     return _collect(reader(read_text(path), path), str(path))
+
+
+def prompt_file(source: str | Path | Sequence[str]) -> Path | None:
+    """The file that `source` names, as `load_prompts` takes it; None for lines and literal text."""
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return None
+    path = local_path(str(source))
+    return path if path.suffix.lower() in _READERS and _is_file(path) else None
 
 
 def _is_file(path: Path) -> bool:
@@ -158,29 +178,30 @@ def _from_line(line: str) -> Entry:
     """
     prompt, *parts = line.split(" --")
     entry = Entry({"prompt": prompt.strip()}, [])
-    if _apply_flag(prompt, entry):
+    if _apply_flag(prompt, entry, FLAGS):
         entry.notices.append(
             f'the prompt itself begins with "{prompt[:20]}", which is read as the flag --{prompt[0]}, as in '
             "Kohya; begin with another word if that is not meant"
         )
+    known = FLAGS | OUR_FLAGS
     for part in parts:
         name, _, value = part.strip().partition(" ")
         if name.lower() in FLAGS_WITHOUT_EFFECT:
             entry.notices.append(f"--{name} has no effect on FLUX")
-        elif name.lower() not in FLAGS:
+        elif name.lower() not in known:
             meant = " or ".join(f"--{flag}{ABOUT.get(flag, '')}" for flag in MEANINGS.get(name.lower(), ()))
-            hint = f"; did you mean {meant}?" if meant else f"; flags are --{', --'.join(FLAGS)}"
+            hint = f"; did you mean {meant}?" if meant else f"; flags are --{', --'.join(known)}"
             entry.notices.append(f'"--{part.strip()}" is not a known flag and is ignored{hint}')
-        elif not _apply_flag(part.strip(), entry):
+        elif not _apply_flag(part.strip(), entry, known):
             entry.notices.append(f'"--{part.strip()}" is ignored: "{value}" is not a value of --{name}')
     return entry
 
 
-def _apply_flag(part: str, entry: Entry) -> bool:
+def _apply_flag(part: str, entry: Entry, flags: Mapping[str, Flag]) -> bool:
     """Set the field of the flag that `part` ("w 512") begins with; False if it is none or its value is
     malformed.
     """
-    for name, flag in FLAGS.items():
+    for name, flag in flags.items():
         match = re.match(rf"{name}\s+({flag.pattern})", part, re.IGNORECASE)
         if match:
             entry.values[flag.field] = flag.read(match[1].strip())
@@ -233,7 +254,9 @@ def _from_table(table: Mapping[str, object], path: Path) -> Entry:
         if key in KEYS_WITHOUT_EFFECT:
             entry.notices.append(f"{key} has no effect on FLUX")
         elif kind is None:
-            meant = " or ".join(FLAGS[flag].field + ABOUT.get(flag, "") for flag in MEANINGS.get(key, ()))
+            meant = " or ".join(
+                (FLAGS | OUR_FLAGS)[flag].field + ABOUT.get(flag, "") for flag in MEANINGS.get(key, ())
+            )
             hint = f"; did you mean {meant}?" if meant else suggestion(key, KEYS)
             entry.notices.append(
                 f"{key} is not a known key and is ignored{hint or '; keys are ' + ', '.join(KEYS)}"

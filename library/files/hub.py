@@ -5,11 +5,12 @@ Errors of the network come out as huggingface_hub raises them; what the user gav
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from library.errors import CheckpointError, ConfigError
@@ -58,7 +59,7 @@ class HubFolder:
     def put(self, local: Path) -> str:
         """Upload a file, or a folder with all its files, under its own name. Returns its path there."""
         disable_progress_bars()  # they would run through the bar of the training
-        target, message = str(PurePosixPath(self.path) / local.name), f"Add {local.name}"
+        target, message = self._target(local.name), f"Add {local.name}"
         repo_id, repo_type = self.repo_id, self.repo_type
         if local.is_dir():
             self._api().upload_folder(
@@ -71,6 +72,35 @@ class HubFolder:
                 commit_message=message,
             )  # fmt: skip
         return target
+
+    def put_card(self, card: Path, shown: Mapping[str, Path], *, mark: str) -> str:
+        """Upload a model card as README.md with the pictures it shows, by their path beside it, in one commit.
+
+        A README.md without `mark` is somebody's own: then the card keeps its name. Returns the card's path there.
+        """
+        disable_progress_bars()
+        target = self._target("README.md" if self._may_replace("README.md", mark) else card.name)
+        files = {target: card, **{self._target(name): path for name, path in shown.items()}}
+        self._api().create_commit(
+            self.repo_id,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()],
+            repo_type=self.repo_type,
+            commit_message=f"Add {card.name} as {target}",
+        )
+        return target
+
+    def _may_replace(self, name: str, mark: str) -> bool:
+        """Whether a text file there is missing or holds `mark`."""
+        try:
+            there = self._api().hf_hub_download(self.repo_id, self._target(name), repo_type=self.repo_type)
+        except LocalEntryNotFoundError:  # the Hub was not reached: a kind of the next one, but no answer
+            raise
+        except EntryNotFoundError:
+            return True
+        return mark in Path(there).read_text(encoding="utf-8", errors="replace")
+
+    def _target(self, name: str) -> str:
+        return str(PurePosixPath(self.path) / name)
 
     def _api(self) -> HfApi:
         return HfApi(token=self.token)

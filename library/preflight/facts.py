@@ -117,7 +117,7 @@ class FileFacts:
     """One file, or one batch of sample images, that the run will write."""
 
     path: Path
-    kind: str  # "network", "state", "samples"
+    kind: str  # "network", "state", "samples", "workflow" beside a network file, "card" (as written last)
     step: int  # optimizer steps done when it is written; 0 is before the first
     epoch: int | None  # the epoch at whose end it is written
     bytes: int  # of samples the most they can take

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from library.config.prompts import SamplePrompt
@@ -19,11 +20,17 @@ from library.train.naming import (
     SavePoint,
     average_stem,
     best_stem,
+    card_path,
     epoch_save,
     last_stem,
+    model_path,
+    picture_start,
     save_every_n_epochs,
     step_save,
+    workflow_path,
 )
+
+WORKFLOW_BYTES, CARD_BYTES = 9_000, 4_000  # about
 
 
 def files_to_write(
@@ -96,45 +103,49 @@ def disks(
 
 
 def _saved(config: TrainConfig, plan: Plan, trained: TrainedFacts, first_step: int) -> list[FileFacts]:
-    """Network files and states, with the step at which each is retired."""
+    """Network files with their workflows, states, and the card, with the step at which each is retired."""
     saving, files = config.saving, dict[Path, FileFacts]()
+    sizes = {"network": trained.network_bytes, "state": trained.state_bytes, "workflow": WORKFLOW_BYTES}
+    kinds = ["network"] if saving.no_workflow else ["network", "workflow"]
 
-    def write(file: FileFacts, retires: str | None = None) -> None:
-        files[file.path] = file
-        old = file.path.with_name(f"{retires}{_ending(config, file.kind)}")
-        if retires and old in files:
-            files[old] = replace(files[old], removed_at=file.step)
+    def write(kind: str, stem: str, step: int, epoch: int | None, retires: str | None = None) -> None:
+        path = _path(config, kind, stem)
+        files[path] = FileFacts(
+            path=path, kind=kind, step=step, epoch=epoch, bytes=sizes[kind], exists=path.exists()
+        )
+        if retires and (old := _path(config, kind, retires)) in files:
+            files[old] = replace(files[old], removed_at=step)
 
     def write_network(stem: str, step: int, epoch: int | None, retires: str | None = None) -> None:
-        write(_file(config, trained, "network", stem, step, epoch), retires)
-        if config.averaging.ema_decay is not None:
-            old = average_stem(retires) if retires else None
-            write(_file(config, trained, "network", average_stem(stem), step, epoch), old)
+        averages = [] if config.averaging.ema_decay is None else [average_stem]
+        for kind, named in product(kinds, [str, *averages]):
+            write(kind, named(stem), step, epoch, named(retires) if retires else None)
 
     for step, epoch, point in save_points(config, plan, first_step):
         write_network(point.stem, step, epoch, point.retires_model)
         if saving.save_state:
-            write(_file(config, trained, "state", point.stem, step, epoch), point.retires_state)
+            write("state", point.stem, step, epoch, point.retires_state)
     last, total, epochs = last_stem(saving.output_name), plan.total_steps, plan.num_epochs
     if saving.save_state or saving.save_state_on_train_end:
-        write(_file(config, trained, "state", last, total, epochs))
-    if config.validation.keep_best:  # at the latest then
-        write(_file(config, trained, "network", best_stem(saving.output_name), total, epochs))
+        write("state", last, total, epochs)
+    for kind in kinds if config.validation.keep_best else ():  # at the latest then
+        write(kind, best_stem(saving.output_name), total, epochs)
     write_network(last, total, epochs)
-    return list(files.values())
+    return [*files.values(), *_card(config, plan)]
 
 
-def _file(
-    config: TrainConfig, trained: TrainedFacts, kind: str, stem: str, step: int, epoch: int | None
-) -> FileFacts:
-    assert config.saving.output_dir is not None, "checked by the config rules"
-    path = config.saving.output_dir / (stem + _ending(config, kind))
-    size = trained.network_bytes if kind == "network" else trained.state_bytes
-    return FileFacts(path=path, kind=kind, step=step, epoch=epoch, bytes=size, exists=path.exists())
+def _card(config: TrainConfig, plan: Plan) -> list[FileFacts]:
+    if config.saving.no_card:
+        return []
+    path, step, epoch = card_path(config.saving), plan.total_steps, plan.num_epochs
+    return [FileFacts(path=path, kind="card", step=step, epoch=epoch, bytes=CARD_BYTES, exists=path.exists())]
 
 
-def _ending(config: TrainConfig, kind: str) -> str:
-    return f".{config.saving.save_model_as or 'safetensors'}" if kind == "network" else STATE_SUFFIX
+def _path(config: TrainConfig, kind: str, stem: str) -> Path:
+    network = model_path(config.saving, stem)
+    if kind == "state":
+        return network.with_name(f"{stem}{STATE_SUFFIX}")
+    return workflow_path(network) if kind == "workflow" else network
 
 
 def save_points(
@@ -158,10 +169,8 @@ def save_points(
 
 def _samples(config: TrainConfig, prompts: Sequence[SamplePrompt], step: int, epoch: int | None) -> FileFacts:
     assert config.saving.output_dir is not None
-    name = config.saving.output_name
-    moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
-    pattern = f"{f'{name}_' if name else ''}{moment}_*.png"
+    start = picture_start(config.saving.output_name, epoch=epoch, step=step)
     return FileFacts(
-        path=config.saving.output_dir / "sample" / pattern, kind="samples", step=step, epoch=epoch,
+        path=config.saving.output_dir / "sample" / f"{start}_*.png", kind="samples", step=step, epoch=epoch,
         bytes=sum(prompt.width * prompt.height * 3 for prompt in prompts),
     )  # fmt: skip

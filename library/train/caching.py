@@ -39,6 +39,7 @@ from library.data.records import TextCond
 from library.distributed.base import Backend
 from library.train.loading import ModelLoader
 from library.train.prepare import Data
+from library.train.prompt_cache import PromptCache
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class CachingPhase:
 
     def text(self, data: Data, prompts: Sequence[str]) -> tuple[Data, dict[str, TextCond]]:
         """Cache the text outputs, if asked to, and encode sample prompts. The encoders are gone afterwards."""
-        config, conditions = self.config, dict[str, TextCond]()
+        config = self.config
         cached = config.caching.cache_text_encoder_outputs
         needs, store = planned_text(config, data)
         text_options = self.loader.text_options()
@@ -87,13 +88,18 @@ class CachingPhase:
         if cached:
             self._announce(TEXTS, work)
             self._announce_size(work)
-        if work.to_write or work.to_keep or prompts:
+        kept = PromptCache.of(config, text_options)
+        conditions = kept.read(prompts)
+        missing = [prompt for prompt in prompts if prompt not in conditions]
+        if work.to_write or work.to_keep or missing:
             encoders = self.loader.text_encoders(self.backend.world.device)
             with self._progress(f"caching {TEXTS}") as report:
                 options = replace(options, progress=report)
                 build_text(work, store, encoders.encode, text_options=text_options, options=options)
-            conditions = encode_prompts(encoders, prompts)
+            conditions |= encode_prompts(encoders, missing)
             del encoders
+            if missing and self.backend.world.is_main:
+                kept.write({prompt: conditions[prompt] for prompt in prompts})
             free_memory()
         self.backend.wait("text cached")
         if not cached:
@@ -160,13 +166,14 @@ def progress_bar(what: str, console: Console | None) -> Iterator[Callable[[int, 
 
 def prompt_texts(prompts: Sequence[SamplePrompt]) -> list[str]:
     """Every text that drawing `prompts` will ask conditions of."""
-    return [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)]
+    unwanted = [prompt.negative_prompt for prompt in prompts if prompt.is_guided]
+    return list(dict.fromkeys([*(prompt.prompt for prompt in prompts), *unwanted]))
 
 
 def encode_prompts(encoders: FluxTextEncoders, prompts: Sequence[str]) -> dict[str, TextCond]:
     """Conditions by prompt text, one prompt at a time, kept on the CPU."""
     conditions = {}
-    for prompt in dict.fromkeys(prompts):
+    for prompt in prompts:
         text = encoders.encode([prompt])
         conditions[prompt] = TextCond(text.clip_pooled.cpu(), text.t5_hidden.cpu(), text.t5_mask.cpu())
     return conditions

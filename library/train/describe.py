@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from library.train.naming import workflow_path
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,9 +27,10 @@ def show_result(written: Sequence[Path], *, steps: int, seconds: float) -> None:
                 "wrote %d %ss, %s to %s in %s", len(paths), what, paths[0].name, paths[-1].name, last.parent
             )
     logger.info("wrote %s (%.1f MB)", last, last.stat().st_size / 1e6)
+    workflow = workflow_path(last)
     logger.info(
-        "use %s: in ComfyUI put it into models/loras and add a Load LoRA node; "
-        'in diffusers pipeline.load_lora_weights("%s")',
+        'use %s: in ComfyUI put it into models/loras and %s; in diffusers pipeline.load_lora_weights("%s")',
         last.name,
+        f"open {workflow.name}" if workflow.is_file() else "add a Load LoRA node",
         last,
     )

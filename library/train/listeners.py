@@ -17,14 +17,17 @@ from library.data.dataset import load_batches
 from library.data.records import TextCond, TokenIds
 from library.flow.objective import Objective
 from library.train.build import Job, Trained
+from library.train.card import CardListener, card_text
 from library.train.image_losses import LossByImage
 from library.train.metrics import MetricsListener, public_options, secret_values
+from library.train.naming import card_path
 from library.train.outliers import OutlierListener
 from library.train.preview import PreviewListener
 from library.train.progress import ProgressListener
 from library.train.recorder import StepRecorder, record_image, record_validation
 from library.train.run_log import Write
 from library.train.saving import Saver, SavingListener, Weights
+from library.train.scenes import Scenes
 from library.train.start_line import StartListener
 from library.train.state import TrainState
 from library.train.trackers import start_trackers, wanted
@@ -33,10 +36,11 @@ from library.train.validate import ValidationListener, Validator, fixed_timestep
 
 
 @contextmanager
-def build_listeners(
+def build_listeners(  # noqa: PLR0913 (all that listeners are made of)
     job: Job,
     trained: Trained,
     saver: Saver,
+    scenes: Scenes,
     *,
     losses: LossByImage | None,
     record: Write,
@@ -69,8 +73,18 @@ def build_listeners(
     if job.backend.world.is_main and losses is not None:
         listeners.append(OutlierListener(losses, record=record))
     listeners.append(SavingListener(saver, config.saving, num_epochs=plan.num_epochs))
-    if job.prompts:
-        listeners.append(_previews(job, trained, saver.weights, record, metrics))
+    previews = _previews(job, trained, saver.weights, scenes, record, metrics) if job.prompts else None
+    if previews is not None:
+        listeners.append(previews)
+    if job.backend.world.is_main and not config.saving.no_card:
+        listeners.append(
+            CardListener(
+                path=card_path(config.saving),
+                saver=saver,
+                pictures=lambda: previews.newest if previews is not None else (),
+                text=lambda state, drawn: card_text(job, trained, saver, state, drawn),
+            )
+        )
     listeners.append(StartListener(job.clock, first=job.state.step + 1))
     failed = True
     try:
@@ -110,16 +124,22 @@ def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Obj
 
 
 def _previews(
-    job: Job, trained: Trained, weights: Weights, record: Write, metrics: MetricsListener | None
+    job: Job,
+    trained: Trained,
+    weights: Weights,
+    scenes: Scenes,
+    record: Write,
+    metrics: MetricsListener | None,
 ) -> PreviewListener:
     output_dir = job.config.saving.output_dir
     assert output_dir is not None, "checked by the config rules"
-    # Ranks share the prompts out, unless all of them are needed for each picture.
-    world, together = job.backend.world, job.backend.in_lockstep
-    previewer = FluxPreviewer(
+    if any(prompt.strength != 1 for prompt in job.prompts):
+        trained.network.set_multiplier(1.0)  # a network that cannot is refused here, not at the first picture
+    painter = FluxPreviewer(
         module=trained.root,
         autoencoder=job.loader.autoencoder(),
         conditions=_conditions(job, trained.root),
+        set_strength=trained.network.set_multiplier,
         device=job.backend.world.device,
         shifted=job.loader.files.is_dev,
         seed=job.state.seed,
@@ -131,12 +151,12 @@ def _previews(
             tell(prompt, path, image, state)
 
     return PreviewListener(
-        draw=previewer,
-        prompts=job.prompts if together else job.prompts[world.rank :: world.size],
-        config=job.config.sampling,
-        folder=output_dir / "sample" if world.is_main or not together else None,
-        output_name=job.config.saving.output_name,
+        painter=painter,
+        prompts=job.prompts,
+        config=job.config,
         evaluating=weights.judged,
+        backend=job.backend,
+        scene=scenes.picture,
         on_image=on_image,
     )
 

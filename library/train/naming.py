@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
+from library.config.prompts import SamplePrompt
 from library.config.sections.saving import SavingConfig
 
 
@@ -50,6 +52,32 @@ def model_path(config: SavingConfig, stem: str) -> Path:
     """Where the network file of that stem goes."""
     assert config.output_dir is not None, "checked by the config rules"
     return config.output_dir / f"{stem}.{config.save_model_as or 'safetensors'}"
+
+
+def workflow_path(network_file: Path) -> Path:
+    """Where the ComfyUI workflow of a network file goes: beside it."""
+    return network_file.with_name(f"{network_file.stem}.workflow.json")
+
+
+def card_path(config: SavingConfig) -> Path:
+    """Where the model card of a run goes."""
+    assert config.output_dir is not None, "checked by the config rules"
+    return config.output_dir / f"{last_stem(config.output_name)}.md"
+
+
+def picture_name(
+    prompt: SamplePrompt, *, output_name: str | None, epoch: int | None, step: int, when: datetime
+) -> str:
+    """Kohya's name in <output_dir>/sample of a picture drawn at the end of `epoch`, or else after optimizer `step`."""
+    seed = "" if prompt.seed is None else f"_{prompt.seed}"
+    start = picture_start(output_name, epoch=epoch, step=step)
+    return f"{start}_{prompt.index:02d}_{when:%Y%m%d%H%M%S}{seed}.png"
+
+
+def picture_start(output_name: str | None, *, epoch: int | None, step: int) -> str:
+    """What the names of all pictures of one moment begin with."""
+    place = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+    return f"{output_name}_{place}" if output_name else place
 
 
 def is_stem(stem: str, output_name: str | None) -> bool:
@@ -97,6 +125,18 @@ def step_save(config: SavingConfig, *, step: int) -> SavePoint | None:
             least=1,
         ),
     )
+
+
+def saved_at(
+    config: SavingConfig, *, step: int, steps_per_epoch: int, num_epochs: int, total_steps: int
+) -> str | None:
+    """Stem of the network file that is written after optimizer `step`; None if none is."""
+    if step >= total_steps:
+        return last_stem(config.output_name)
+    point = step_save(config, step=step)
+    if point is None and step and step % steps_per_epoch == 0:
+        point = epoch_save(config, epoch=step // steps_per_epoch, num_epochs=num_epochs)
+    return point.stem if step and point else None
 
 
 def _retired_epoch(name: str | None, epoch: int, every: int, keep: int | None) -> str | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from library.config.sections.saving import SavingConfig
 from library.distributed.base import Backend
 from library.errors import WriteFailed
+from library.files.atomic import write_text
 from library.files.refusals import refusals_named
 from library.train.checkpoint import (
     STATE_SUFFIX,
@@ -33,6 +36,7 @@ from library.train.naming import (
     model_path,
     step_save,
     step_stem,
+    workflow_path,
 )
 from library.train.run_log import Saved
 from library.train.state import TrainState
@@ -62,6 +66,14 @@ class Weights:
         return self.ema.in_use() if self.ema is not None and self.judged_by_ema else self.trained()
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is said of a network file: in its header, and in the ComfyUI workflow beside it (None: there is none)."""
+
+    metadata: Callable[[TrainState, int], Mapping[str, str]]
+    workflow: Callable[[Path], Mapping[str, Any]] | None = None
+
+
 class Saver:
     """Writes model files and state folders. Every rank calls it and gives what it holds; rank 0 writes."""
 
@@ -70,18 +82,21 @@ class Saver:
         *,
         config: SavingConfig,
         weights: Weights,
-        metadata: Callable[[TrainState, int], Mapping[str, str]],
+        about: About,
         capture: Callable[[TrainState], SavedRun],
         backend: Backend,
         record: Callable[[Saved], None] = lambda saved: None,
         uploader: Uploader | None = None,
     ) -> None:
-        self.weights, self._record, self._uploader = weights, record, uploader
+        self.weights, self._about, self._record, self.uploader = weights, about, record, uploader
         assert config.output_dir is not None, "checked by the config rules"
         self._config, self._folder, self._network = config, config.output_dir, weights.network
-        self._metadata, self._capture = metadata, capture
+        self._capture = capture
         self._backend, self._world = backend, backend.world
         self.written: list[Path] = []
+        self.saves = 0  # network files written
+        self.newest: Path | None = None  # the network file written last
+        self.readers = ""  # the programs that load it
         self._best_stem = best_stem(config.output_name)
         if self._world.is_main:
             clear_leftovers(self._folder, config.output_name)
@@ -116,12 +131,15 @@ class Saver:
             if self._world.is_main:
                 dtype = SAVE_DTYPES[self._config.save_precision]
                 with refusals_named(path):
-                    self._network.save(path, dtype=dtype, metadata=self._metadata(state, epoch))
+                    self._network.save(path, dtype=dtype, metadata=self._about.metadata(state, epoch))
         if self._world.is_main:
             seconds = time.perf_counter() - start
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
             self._check(path)
             self._note(path, state, what)
+            self._write_workflow(path)
+            if what == "model":
+                self.saves, self.newest = self.saves + 1, path
         return path
 
     def _note(self, path: Path, state: TrainState, what: str) -> None:
@@ -129,12 +147,28 @@ class Saver:
         self._record(Saved(step=state.step, what=what, file=path.name))
 
     def _upload(self, path: Path, *, now: bool = False) -> None:
-        if self._world.is_main and self._uploader is not None:
-            self._uploader.put(path, now=now)
+        if not self._world.is_main or self.uploader is None:
+            return
+        self.uploader.put(path, now=now)
+        workflow = workflow_path(path)
+        if workflow.is_file():
+            self.uploader.put(workflow)
+
+    def _write_workflow(self, path: Path) -> None:
+        """Write the ComfyUI workflow of a network file beside it."""
+        if self._about.workflow is None:
+            return
+        target = workflow_path(path)
+        try:
+            with refusals_named(target):
+                write_text(target, json.dumps(self._about.workflow(path), indent=1) + "\n")
+        except WriteFailed as error:
+            logger.warning("%s The network file is whole", error)
 
     def _check(self, path: Path) -> None:
         """Read the file as a stranger would; what is wrong is said each time, that all is well once."""
         report = read_back(path)
+        self.readers = report.readers
         for problem in report.problems:
             logger.warning("%s: %s", path.name, problem)
         if not report.problems and not self._checked:
@@ -225,8 +259,8 @@ class Saver:
 
     def finish(self) -> None:
         """Wait, not for ever, until everything is uploaded."""
-        if self._uploader is not None:
-            self._uploader.finish()
+        if self.uploader is not None:
+            self.uploader.finish()
 
     def failed(self) -> None:
         """An error ends the run: say what is left of it, and upload that."""
@@ -240,8 +274,9 @@ class Saver:
         retired = (point.retires_model, average_stem(point.retires_model)) if point.retires_model else ()
         for old in (model_path(self._config, stem) for stem in retired):
             if old.exists():
-                self._release(old)
-                old.unlink()
+                for path in (old, workflow_path(old)):
+                    self._release(path)
+                    path.unlink(missing_ok=True)
                 logger.info("removed %s", old)
                 self.written = [path for path in self.written if path != old]
         if point.retires_state and self._config.save_state:
@@ -256,8 +291,8 @@ class Saver:
         return self._folder / f"{stem}{STATE_SUFFIX}"
 
     def _release(self, path: Path) -> None:
-        if self._uploader is not None:
-            self._uploader.wait_for(path)
+        if self.uploader is not None:
+            self.uploader.wait_for(path)
 
 
 class SavingListener:

@@ -27,6 +27,7 @@ from library.distributed.base import Backend
 from library.distributed.launch import connect, expected_world_size, launched_rank
 from library.distributed.precision import DTYPES
 from library.errors import Interrupted, TrainingDiverged, UserError
+from library.files import comfyui
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
@@ -83,7 +84,8 @@ from library.train.resume import (
     resumed_run,
 )
 from library.train.run_log import Ended
-from library.train.saving import Saver, Weights
+from library.train.saving import About, Saver, Weights
+from library.train.scenes import scenes
 from library.train.signals import StopRequest
 from library.train.state import TrainState
 from library.train.trackers import check as check_trackers
@@ -250,6 +252,7 @@ def train(job: Job) -> Trained:
         if ema is not None and not ema.has_begun:
             ema.start()
         folder = hub_folder(config.saving) if backend.world.is_main else None
+        drawn = scenes(job, trained)
         saver = Saver(
             config=config.saving,
             weights=Weights(
@@ -258,7 +261,10 @@ def train(job: Job) -> Trained:
                 ema,
                 judged_by_ema=config.averaging.ema_for_samples,
             ),
-            metadata=MetadataWriter(job, trained),
+            about=About(
+                metadata=MetadataWriter(job, trained),
+                workflow=None if config.saving.no_workflow else lambda path: comfyui.graph(drawn.file(path)),
+            ),
             capture=lambda now: capture(now, parts),
             backend=backend,
             record=record,
@@ -271,6 +277,7 @@ def train(job: Job) -> Trained:
                 job,
                 trained,
                 saver,
+                drawn,
                 losses=losses,
                 record=record,
                 adapter=adapter,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import Queue
 
 from library.config.sections.saving import SavingConfig
 from library.errors import UserError
 from library.files.hub import HubFolder, first_line
+from library.files.model_card import MARK
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class Uploader:
 
     def __init__(self, folder: HubFolder, *, background: bool) -> None:
         self._folder, self._background = folder, background
-        self._queue: Queue[Path] = Queue()
+        self._queue: Queue[tuple[Path, Callable[[], str]]] = Queue()
         self._pending: list[Path] = []
         self._changed = threading.Condition()
         # A daemon: an upload that hangs must not keep a finished run from ending.
@@ -62,9 +64,16 @@ class Uploader:
 
     def put(self, path: Path, *, now: bool = False) -> None:
         """Upload a file or folder; `now` waits for it even if others go in the background."""
+        self._enqueue(path, lambda: self._folder.put(path), now=now)
+
+    def put_card(self, path: Path, shown: Mapping[str, Path]) -> None:
+        """Upload a model card as the repository's page, with the pictures it shows, by their path beside it."""
+        self._enqueue(path, lambda: self._folder.put_card(path, shown, mark=MARK), now=False)
+
+    def _enqueue(self, path: Path, send: Callable[[], str], *, now: bool) -> None:
         with self._changed:
             self._pending.append(path)
-        self._queue.put(path)
+        self._queue.put((path, send))
         if now or not self._background:
             self.wait_for(path)
 
@@ -85,15 +94,15 @@ class Uploader:
 
     def _work(self) -> None:
         while True:
-            path = self._queue.get()
-            self._send(path)
+            path, send = self._queue.get()
+            self._send(path, send)
             with self._changed:
                 self._pending.remove(path)
                 self._changed.notify_all()
 
-    def _send(self, path: Path) -> None:
+    def _send(self, path: Path, send: Callable[[], str]) -> None:
         try:
-            target = self._folder.put(path)
+            target = send()
             logger.info("uploaded %s to %s/%s", path.name, self._folder.repo_id, target)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the network, training goes on
             logger.warning(

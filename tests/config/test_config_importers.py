@@ -303,6 +303,8 @@ def test_buckets_of_simpletuner_have_a_step(alignment: object, step: int, tmp_pa
          {"network_train_unet_only": False, "text_encoder_lr": [1e-5], "cache_text_encoder_outputs": None}),
         ({"sample": {"prompts": ["x"], "sample_every": 5}, "train": {"disable_sampling": True}},
          {"sample_prompts": None, "sample_every_n_steps": None}),
+        ({"sample": {"prompts": ["x"], "network_multiplier": 0.5}},
+         {"sample_prompts": "x --w 1024 --h 1024 --s 20 --g 4 --d 42 --m 0.5"}),
         ({"datasets": [{"folder_path": "x", "shuffle_tokens": True, "mask_path": "m"}]},
          {"cache_text_encoder_outputs": True, "masked_loss": True}),
         ({"datasets": [{"folder_path": "x", "random_crop": True}]}, {"cache_latents": None}),

@@ -21,7 +21,8 @@ def test_the_quickstart_learns(tmp_path: Path):
     (ratio,) = re.findall(r"mean of the last 20 % / mean of the first 20 % = ([\d.]+)", said)
     assert float(ratio) < 0.9
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    epochs = {f"quickstart-{epoch:06d}.safetensors" for epoch in range(1, 10)}
-    assert names == {"quickstart.safetensors", "quickstart-log.jsonl", "sample", *epochs}
+    stems = ["quickstart", *(f"quickstart-{epoch:06d}" for epoch in range(1, 10))]
+    files = {f"{stem}.{kind}" for stem in stems for kind in ("safetensors", "workflow.json")}
+    assert names == {"quickstart.md", "quickstart-log.jsonl", "sample", *files}
     assert "wrote" in said
-    assert "Load LoRA" in said
+    assert "open quickstart.workflow.json" in said

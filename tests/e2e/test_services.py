@@ -35,18 +35,24 @@ def test_what_is_uploaded_can_be_resumed_elsewhere(
         "save_every_n_epochs": 1, "save_state": True, "max_train_epochs": 2,
         "logging_dir": str(tmp_path / "logs"), "log_config": True, "scale_weight_norms": 1.0,
         "huggingface_repo_id": "me/lora", "huggingface_path_in_repo": "runs", "huggingface_token": TOKEN,
-        "save_state_to_huggingface": True, "async_upload": True,
+        "save_state_to_huggingface": True, "async_upload": True, "sample_every_n_epochs": 1,
+        "sample_prompts": "waves --w 64 --h 64 --s 1 --d 3",
     }  # fmt: skip
     config = write_config(tmp_path / "a.toml", pictures, tmp_path / "a", **options)
     with running_hub() as hub:
         point_client_at(hub, monkeypatch, tmp_path)
         assert main(["--config_file", str(config)]) == 0
         assert {path.split("/", 3)[3] for path in hub.files if path.count("/") == 3} == {
-            "out-000001.safetensors", "out.safetensors",
+            "out-000001.safetensors", "out-000001.workflow.json", "out.safetensors", "out.workflow.json", "README.md",
         }  # fmt: skip
+        page = hub.files["me/lora/runs/README.md"].decode()
+        assert page == (tmp_path / "a" / "out.md").read_text(encoding="utf-8")
+        assert 'load_lora_weights("me/lora", subfolder="runs", weight_name="out.safetensors")' in page
+        (shown,) = re.findall(r"!\[picture 1\]\((.+?)\)", page)
+        assert hub.files[f"me/lora/runs/{shown}"] == (tmp_path / "a" / shown).read_bytes()
         uploaded = hub.files["me/lora/runs/out.safetensors"]
         assert uploaded == (tmp_path / "a" / "out.safetensors").read_bytes()
-        states = {path.split("/")[3] for path in hub.files if path.count("/") == 4}
+        states = {path.split("/")[3] for path in hub.files if path.count("/") == 4} - {"sample"}
         assert states == {"out-000001-state", "out-state"}
         again = write_config(
             tmp_path / "b.toml", pictures, tmp_path / "b", max_train_epochs=2, scale_weight_norms=1.0

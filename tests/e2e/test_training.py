@@ -50,8 +50,9 @@ def test_a_run_writes_what_kohya_writes(tmp_path: Path, pictures: Path, prompts:
     printed = run(config).stderr
     names = sorted(path.name for path in output.iterdir())
     # Six pictures, one held back: five, twice each, in batches of two within a bucket.
-    files = ["out-000002-state", "out-000002.safetensors", "out-log.jsonl", "out-state", "out.safetensors"]
-    assert names == [*files, "sample"]
+    ours = ["out-000002.workflow.json", "out-log.jsonl", "out.md", "out.workflow.json"]
+    kohyas = ["out-000002-state", "out-000002.safetensors", "out-state", "out.safetensors", "sample"]
+    assert names == sorted(kohyas + ours)
     samples = sorted(path.name for path in (output / "sample").iterdir())
     assert [re.sub(r"_\d{14}_", "_TIME_", name) for name in samples] == [
         f"out_e{epoch:06d}_00_TIME_3.png" for epoch in (1, 2, 3)
@@ -75,7 +76,7 @@ def test_a_run_writes_what_kohya_writes(tmp_path: Path, pictures: Path, prompts:
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {"loss/current", "loss/average", "loss/epoch_average", "lr/unet"} <= set(tags)
     assert "mean of the last 20 %" in printed
-    assert "Load LoRA" in printed
+    assert "open out.workflow.json" in printed
     assert printed.count("read back: ") == 1, "said of the first file alone"
     assert "layers under names that ComfyUI, Forge and diffusers load, all numbers finite" in printed
     assert "0 of 6 to encode" in run(config, "--max_train_epochs", "1").stderr  # the caches hold

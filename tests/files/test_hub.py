@@ -79,6 +79,22 @@ def test_what_cannot_be_fetched_is_one_sentence(hub: Hub, folder: HubFolder, ref
     assert "\n" not in str(caught.value)
 
 
+def test_a_card_becomes_the_page_of_the_repository_with_its_pictures(
+    hub: Hub, folder: HubFolder, tmp_path: Path
+):
+    card, picture = tmp_path / "cat.md", tmp_path / "sample" / "cat_1.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"png")
+    for text in ("first, ours", "second, ours"):
+        card.write_text(text)
+        assert folder.put_card(card, {"sample/cat_1.png": picture}, mark="ours") == "runs/one/README.md"
+        assert hub.files["me/lora/runs/one/README.md"] == text.encode()
+    assert hub.files["me/lora/runs/one/sample/cat_1.png"] == b"png"
+    hub.files["me/lora/README.md"] = b"somebody's own"
+    assert HubFolder(repo_id=REPO, token=TOKEN).put_card(card, {}, mark="ours") == "cat.md"
+    assert hub.files["me/lora/README.md"] == b"somebody's own"
+
+
 def test_a_missing_or_refused_token_is_said_at_the_start(hub: Hub):
     with pytest.raises(ConfigError, match="hf auth login"):
         HubFolder(repo_id=REPO).check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_retention_is_forecast_with_the_peak():
     trained = TrainedFacts((), (), base_parameters=0, network_bytes=10, state_bytes=100)
     saving = SavingConfig(
         output_dir=Path("o"), output_name="n", save_every_n_epochs=1, save_last_n_epochs=2, save_state=True,
-        save_last_n_epochs_state=1,
+        save_last_n_epochs_state=1, no_workflow=True, no_card=True,
     )  # fmt: skip
     files = files_to_write(TrainConfig(saving=saving), plan, trained, (), first_step=0)
     removed = {file.path.name: file.removed_at for file in files}
@@ -103,3 +104,10 @@ def test_retention_is_forecast_with_the_peak():
     }  # fmt: skip
     # Step 16: models 2 to 4 and states 3 and 4 are there at once; the end: models 3, 4, last and states 4, last.
     assert peak_bytes(files) == 3 * 10 + 2 * 100
+    saving = replace(saving, no_workflow=False, no_card=False)
+    more = files_to_write(TrainConfig(saving=saving), plan, trained, (), first_step=0)
+    beside = {file.path.name: file.removed_at for file in more if file not in files}
+    assert beside == {
+        "n-000001.workflow.json": 12, "n-000002.workflow.json": 16, "n-000003.workflow.json": None,
+        "n-000004.workflow.json": None, "n.workflow.json": None, "n.md": None,
+    }  # fmt: skip

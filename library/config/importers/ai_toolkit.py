@@ -207,6 +207,7 @@ def _samples(draft: Draft, flat: Mapping[str, Any]) -> None:
         guidance=common.number(flat.get("sample.guidance_scale", 4), "sample.guidance_scale"),
         seed=int(seed),
         walk_seed=common.truth(flat.get("sample.walk_seed", False)),
+        strength=common.number(flat.get("sample.network_multiplier", 1), "sample.network_multiplier"),
     )
     lines = common.prompt_lines(common.text_lines(own), picture, str(flat.get("trigger_word") or ""))
     draft.set("sample_prompts", lines, key="sample.prompts")

@@ -148,7 +148,7 @@ PROCESS: Table = {
     "sample.neg": dropped("FLUX's own guidance takes no negative prompt"),
     "sample.sampler": dropped("FLUX samples are always drawn with Euler steps"),
     "sample.sample_start_step": dropped("samples are drawn from the first interval on"),
-    "sample.network_multiplier": dropped("samples are drawn at full strength"),
+    "sample.network_multiplier": decides("sample_prompts", note="its flag --m"),
     "sample.guidance_rescale": dropped(_NONE),
     "sample.format": dropped("samples are PNG"),
     "sample.ext": dropped("samples are PNG"),

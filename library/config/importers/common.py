@@ -85,6 +85,7 @@ class Picture:
     seed: int | None = None
     walk_seed: bool = False  # the n-th picture adds n to the seed
     negative: str = ""
+    strength: float = 1.0  # of the network
 
 
 def prompt_lines(prompts: Sequence[str], picture: Picture, trigger: str = "") -> str:
@@ -94,6 +95,8 @@ def prompt_lines(prompts: Sequence[str], picture: Picture, trigger: str = "") ->
         flags = f"--w {picture.width} --h {picture.height} --s {picture.steps} --g {picture.guidance:g}"
         if picture.seed is not None:
             flags += f" --d {picture.seed + (index if picture.walk_seed else 0)}"
+        if picture.strength != 1:
+            flags += f" --m {picture.strength:g}"
         # Kohya looks for flags after " --" only; a prompt that has such text would be cut there.
         lines.append(f"{prompt.replace('[trigger]', trigger).replace(' --', ' -')} {flags}")
     return "\n".join(lines)

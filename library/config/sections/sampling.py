@@ -17,13 +17,13 @@ class SamplingConfig:
     )
     sample_at_first: bool = option(False, "draw samples before the first step")
     sample_every_n_steps: int | None = option(
-        None, "draw samples every n steps", limit=Limit(ge=1, unit="steps"), unset=(0,)
+        None, "draw samples every n steps", limit=Limit(ge=1, unit="steps"), unset=(0, -1)
     )
     sample_every_n_epochs: int | None = option(
         None,
         "draw samples every n epochs; overrides sample_every_n_steps",
         limit=Limit(ge=1, unit="epochs"),
-        unset=(0,),
+        unset=(0, -1),
     )
     sample_sampler: str = option(
         "ddim",

@@ -23,6 +23,10 @@ class SavingConfig:
     save_model_as: str = option(
         "safetensors", "format of adapter files", choices=("ckpt", "pt", "safetensors")
     )
+    no_workflow: bool = option(
+        False, "write no ComfyUI workflow (NAME.workflow.json) beside adapter files", ours=True
+    )
+    no_card: bool = option(False, "write no model card (OUTPUT_NAME.md)", ours=True)
     save_every_n_epochs: int | None = option(
         None, "save the adapter every n epochs", limit=EPOCHS, unset=(0,)
     )
