@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from library.config.prompts import SamplePrompt
@@ -117,9 +116,10 @@ def _saved(config: TrainConfig, plan: Plan, trained: TrainedFacts, first_step: i
             files[old] = replace(files[old], removed_at=step)
 
     def write_network(stem: str, step: int, epoch: int | None, retires: str | None = None) -> None:
-        averages = [] if config.averaging.ema_decay is None else [average_stem]
-        for kind, named in product(kinds, [str, *averages]):
-            write(kind, named(stem), step, epoch, named(retires) if retires else None)
+        for kind in kinds:
+            write(kind, stem, step, epoch, retires)
+        for kind in kinds if config.averaging.ema_decay is not None else ():
+            write(kind, average_stem(stem), step, epoch, average_stem(retires) if retires else None)
 
     for step, epoch, point in save_points(config, plan, first_step):
         write_network(point.stem, step, epoch, point.retires_model)
