@@ -35,7 +35,7 @@ from library.models.params import FluxParams
 from library.train.build import Job, Trained, build_adapter, build_trained
 from library.train.checkpoint import load_run
 from library.train.resume import capture, restore
-from library.train.saving import Saver
+from library.train.saving import Saver, Weights
 from library.train.setup import batches, build_trainer, connected, wrap
 from library.train.state import TrainState
 from library.train.trainer import StepReport, Trainer
@@ -163,11 +163,10 @@ def saving(job: Job, trained: Trained, state: TrainState) -> dict[str, float]:
     parts = trained.resumable(job.backend)
     saver = Saver(
         config=replace(job.config.saving, output_dir=folder, output_name="bench"),
-        network=trained.network,
+        weights=Weights(trained.network, trained.optimizer.evaluating, None, judged_by_ema=False),
         metadata=lambda state, epoch: {},
         capture=lambda now: capture(now, parts),
         backend=job.backend,
-        optimizer=trained.optimizer,
     )
     times = [time.perf_counter()]
     saver.model("bench", state, epoch=1)

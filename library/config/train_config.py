@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import cast
 
 from library.config.options import Option, table
+from library.config.sections.averaging import AveragingConfig
 from library.config.sections.caching import CachingConfig
 from library.config.sections.dataset import DatasetConfig
 from library.config.sections.distributed import DistributedConfig
@@ -43,6 +44,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)

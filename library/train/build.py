@@ -15,8 +15,9 @@ from library.adapters.flux import TEXT_LENGTHS, FluxAdapter, FluxTrainModule, Fo
 from library.config.prompts import LoadedPrompts, SamplePrompt, load_prompts
 from library.config.sections.memory import MemoryConfig
 from library.config.train_config import TrainConfig
+from library.data.dataset import TrainingData
 from library.data.records import TextCond
-from library.distributed.base import Backend
+from library.distributed.base import Backend, World
 from library.models.flux import Flux
 from library.models.text_encoders import ClipL, T5Encoder
 from library.optim import factory, schedules
@@ -24,10 +25,13 @@ from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.train.caching import image_encoder
 from library.train.checkpoint import SavedRun
+from library.train.ema import Ema
 from library.train.graphs import has_chance
+from library.train.image_losses import LEAST_IMAGES, LossByImage
 from library.train.loading import ModelLoader
 from library.train.prepare import Data, trains_text
-from library.train.resume import Resumable
+from library.train.resume import Rememberer, Resumable
+from library.train.sample_losses import SampleLosses
 from library.train.speed import Speed
 from library.train.state import TrainState
 from networks import plugins
@@ -65,11 +69,12 @@ class Trained:
         """Everything the optimizer updates."""
         return [p for group in self.optimizer.optimizer.param_groups for p in group["params"]]
 
-    def resumable(self, backend: Backend) -> Resumable:
+    def resumable(self, backend: Backend, extras: Mapping[str, Rememberer] | None = None) -> Resumable:
         """The parts that a state folder holds."""
         return Resumable(
-            network=self.network.module, optimizer=self.optimizer, schedule=self.schedule, backend=backend
-        )
+            network=self.network.module, optimizer=self.optimizer, schedule=self.schedule, backend=backend,
+            extras=extras or {},
+        )  # fmt: skip
 
 
 def check_parts(config: TrainConfig) -> tuple[str, ...]:
@@ -171,6 +176,34 @@ def build_adapter(job: Job, trained: Trained) -> FluxAdapter:
         seed=job.state.seed,
         drop_padding=job.config.model.apply_t5_attn_mask,
     )
+
+
+def build_ema(job: Job, trained: Trained) -> Ema | None:
+    """The average that the options ask for, not begun yet."""
+    averaging = job.config.averaging
+    if averaging.ema_decay is None:
+        return None
+    module = trained.network.module
+    return Ema(module, backend=job.backend, decay=averaging.ema_decay, on_cpu=averaging.ema_on_cpu)
+
+
+def sample_losses(data: TrainingData, *, rows: int, world: World) -> SampleLosses | None:
+    """What brings the losses of samples to the main rank, at most `rows` of a rank in a step."""
+    images = _comparable(data)
+    return SampleLosses(images, rows=rows, world=world) if images else None
+
+
+def loss_by_image(data: TrainingData) -> LossByImage | None:
+    """What keeps losses by picture."""
+    images = _comparable(data)
+    return LossByImage(images) if images else None
+
+
+def _comparable(data: TrainingData) -> tuple[str, ...]:
+    """Keys of the pictures whose losses can be compared, if they are enough; others have targets of their own."""
+    records = (record for record in data.records if not record.is_reg and not data.subset(record).preserves)
+    images = tuple(record.key for record in records)
+    return images if len(images) >= LEAST_IMAGES else ()
 
 
 def live_text_encoders(

@@ -4,6 +4,7 @@ A state is a folder named as Kohya names it:
 
     <stem>-state/model.safetensors       the network's parameters and buffers, as trained
                  optimizer.safetensors   the optimizer's tensors, "<parameter name>/<key>"
+                 extras.safetensors      what else is remembered, "<what>/<name>": the average, losses by picture
                  train_state.json        position, schedule, the optimizer's plain values
                  manifest.json           SHA-256 of the other files, written last
 
@@ -18,7 +19,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ MANIFEST = "manifest.json"
 # Files of an accelerate state, as sd-scripts writes it; the last is a folder, under DeepSpeed.
 FOREIGN_STATE = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model")
 MODEL, OPTIMIZER, TRAIN_STATE = "model.safetensors", "optimizer.safetensors", "train_state.json"
+EXTRAS = "extras.safetensors"  # a state of a run that had none lacks it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class SavedRun:
     optimizer_tensors: Mapping[str, Tensor]
     optimizer_values: Mapping[str, Any]
     schedule: object
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_run(folder: Path, run: SavedRun) -> None:
@@ -67,7 +70,9 @@ def save_run(folder: Path, run: SavedRun) -> None:
         save_file({k: v.contiguous() for k, v in run.optimizer_tensors.items()}, temporary / OPTIMIZER)
         values = {**run.state.to_json(), "optimizer": run.optimizer_values, "schedule": run.schedule}
         (temporary / TRAIN_STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
-        manifest = {name: file_sha256(temporary / name) for name in (MODEL, OPTIMIZER, TRAIN_STATE)}
+        if run.extras:
+            save_file({k: v.contiguous() for k, v in run.extras.items()}, temporary / EXTRAS)
+        manifest = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
             file.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
@@ -95,6 +100,7 @@ def load_run(folder: Path) -> SavedRun:
         optimizer_tensors=_load(folder / OPTIMIZER),
         optimizer_values=values["optimizer"],
         schedule=values["schedule"],
+        extras=_load(folder / EXTRAS) if (folder / EXTRAS).is_file() else {},
     )
 
 

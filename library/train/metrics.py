@@ -6,14 +6,18 @@ Source: spec of sd-scripts, "Logging". x is the optimizer step, for `*epoch*` ta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL.Image import Image
 
 from library.config.options import SECRETS
+from library.config.prompts import SamplePrompt
 from library.config.train_config import TrainConfig
+from library.train.reading import peak_gb
 from library.train.state import TrainState
 from library.train.trackers import Moment, Tracker
 from library.train.trainer import StepReport
+from library.train.validate import Validation
 
 # Kohya keeps secrets and local paths out of what trackers store.
 PRIVATE = SECRETS | {
@@ -58,6 +62,8 @@ class MetricsListener:
             **{f"lr/{name}": rate for name, rate in report.learning_rates.items()},
             **report.norms,
         }
+        if (peak := peak_gb()) is not None:
+            scalars["memory/peak_gb"] = peak
         if report.max_norm is not None:
             scalars["max_norm/keys_scaled"] = report.max_norm.scaled
             scalars["max_norm/max_key_norm"] = report.max_norm.maximum
@@ -77,10 +83,16 @@ class MetricsListener:
     def on_end(self, state: TrainState) -> TrainState:
         return state
 
-    def on_image(self, number: int, image: Image, state: TrainState) -> None:
-        """Report one sample image of the prompt of that number."""
+    def on_image(self, prompt: SamplePrompt, path: Path, image: Image, state: TrainState) -> None:
+        """Report one sample image, which was written to `path`."""
+        del path
         for tracker in self._trackers:
-            tracker.image(f"sample_{number}", image, _moment(state.step, state))
+            tracker.image(f"sample_{prompt.index}", image, _moment(state.step, state))
+
+    def on_validation(self, state: TrainState, measured: Validation) -> None:
+        """Report the losses at single timesteps; their mean is in the state."""
+        by_timestep = {f"loss/validation/timestep_{t:g}": loss for t, loss in measured.by_timestep.items()}
+        self._report(by_timestep, x=state.step, state=state)
 
     def close(self, *, failed: bool) -> None:
         """End what trackers hold open; after the last sample was drawn, and when an error ends the run."""
@@ -105,5 +117,4 @@ def _validation(kind: str, loss: float, state: TrainState) -> dict[str, float]:
 
 
 def _moment(x: int, state: TrainState) -> Moment:
-    epoch = max(1, -(-state.step // state.steps_per_epoch))
-    return Moment(x=x, step=state.step, epoch=epoch)
+    return Moment(x=x, step=state.step, epoch=state.epochs_begun)

@@ -36,6 +36,16 @@ def last_stem(output_name: str | None) -> str:
     return output_name or "last"
 
 
+def average_stem(stem: str) -> str:
+    """Stem of the averaged weights beside those written under `stem`."""
+    return f"{stem}-ema"
+
+
+def best_stem(output_name: str | None) -> str:
+    """Stem of the weights with the lowest validation loss."""
+    return f"{last_stem(output_name)}-best"
+
+
 def model_path(config: SavingConfig, stem: str) -> Path:
     """Where the network file of that stem goes."""
     assert config.output_dir is not None, "checked by the config rules"

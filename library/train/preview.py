@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from library.config.sections.sampling import SamplingConfig
 from library.errors import WriteFailed
 from library.files.atomic import replacing
 from library.files.refusals import refusals_named
-from library.optim.factory import BuiltOptimizer
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 
@@ -36,10 +36,12 @@ class PreviewListener:
         config: SamplingConfig,
         folder: Path | None,  # None: another rank writes what this one helps to draw
         output_name: str | None,
-        optimizer: BuiltOptimizer,
-        on_image: Callable[[int, Image, TrainState], None] | None = None,
+        evaluating: Callable[
+            [], AbstractContextManager[None]
+        ],  # has the weights in place that are drawn with
+        on_image: Callable[[SamplePrompt, Path, Image, TrainState], None] | None = None,
     ) -> None:
-        self._optimizer, self._on_image = optimizer, on_image
+        self._evaluating, self._on_image = evaluating, on_image
         self._draw, self._folder, self._output_name = draw, folder, output_name
         self._prompts, self._config = prompts, config
 
@@ -70,7 +72,7 @@ class PreviewListener:
 
     def _draw_all(self, state: TrainState, *, epoch: int | None) -> None:
         for prompt in self._prompts:
-            with self._optimizer.evaluating():
+            with self._evaluating():
                 image = self._draw(prompt)
             if self._folder is None:
                 continue
@@ -84,4 +86,4 @@ class PreviewListener:
             except WriteFailed as error:
                 logger.warning("%s Training goes on", error)
             if self._on_image is not None:
-                self._on_image(prompt.index, image, state)
+                self._on_image(prompt, self._folder / name, image, state)

@@ -6,11 +6,11 @@ import logging
 import time
 from collections import deque
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from library.train.reading import peak_gb
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 
@@ -88,6 +88,6 @@ class ProgressListener:
             f"{seconds / len(self._recent):.2f} s/step",
             f"{samples / seconds:.1f} img/s",
         ]
-        if torch.cuda.is_available():
-            parts.append(f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB peak")
+        if (peak := peak_gb()) is not None:
+            parts.append(f"{peak:.1f} GB peak")
         return "  ".join(parts)

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def peak_gb() -> float | None:
+    """The most memory that this process had of its GPU so far, in 10**9 bytes; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+
+
 class Reading:
     """A few numbers as they are when the device gets there."""
 

@@ -6,8 +6,9 @@ import logging
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from library.files.hub import fetch_folder
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
 from library.optim.state import ExportedState
+from library.train.best import has_stalled
 from library.train.checkpoint import SavedRun, load_run, newest_run
 from library.train.naming import last_stem, model_path
 from library.train.prepare import start_step
@@ -108,7 +110,20 @@ def continued_state(config: TrainConfig, plan: Plan, saved: SavedRun, *, seed: i
             f"the saved run has done {state.step} steps of {plan.total_steps}, so nothing is left to do; "
             "raise max_train_steps or max_train_epochs to train on"
         )
+    elif has_stalled(state.validation_losses, config.validation) and final.exists():
+        raise NothingToDo(
+            f"the saved run ended at step {state.step} as its validation loss no longer fell, so nothing is left to "
+            "do; raise early_stop_patience or leave it out to train on"
+        )
     return state
+
+
+class Rememberer(Protocol):
+    """A part of a run that keeps tensors over a resume, beside weights and optimizer."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +134,7 @@ class Resumable:
     optimizer: BuiltOptimizer
     schedule: Schedule
     backend: Backend
+    extras: Mapping[str, Rememberer] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """The network's own, by name."""
@@ -140,6 +156,7 @@ def capture(state: TrainState, parts: Resumable) -> SavedRun:
         optimizer_tensors=exported.tensors,
         optimizer_values=exported.values,
         schedule=parts.schedule.state_dict(),
+        extras={f"{what}/{key}": t for what, part in parts.extras.items() for key, t in part.state().items()},
     )
 
 
@@ -172,6 +189,10 @@ def restore(saved: SavedRun, parts: Resumable, *, step: int) -> None:
     parts.optimizer.train()
     parts.schedule.load_state_dict(saved.schedule, moved=step - saved.state.step)
     parts.backend.stepper.load_state(dict(saved.state.scaler))
+    for what, part in parts.extras.items():
+        own = {n.partition("/")[2]: t for n, t in saved.extras.items() if n.startswith(f"{what}/")}
+        if own:
+            part.load_state(own)
     kept = _initial_rates(parts.optimizer)
     if kept != given:
         logger.warning(

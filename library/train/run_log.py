@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -74,7 +74,7 @@ class Validated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """A sample image was written by rank 0; what other ranks draw lies in the same folder, with no line here."""
+    """A sample image was written."""
 
     step: int
     prompt_number: int
@@ -129,6 +129,7 @@ class Ended:
 
 
 Record = Started | Stepped | Validated | Sampled | Saved | Warned | Outliers | Ended
+Write = Callable[[Record], None]
 
 KINDS: Mapping[str, type[Record]] = {
     "start": Started, "step": Stepped, "validation": Validated, "sample": Sampled, "save": Saved,

@@ -6,6 +6,8 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,9 +16,19 @@ from library.config.sections.saving import SavingConfig
 from library.distributed.base import Backend
 from library.errors import WriteFailed
 from library.files.refusals import refusals_named
-from library.optim.factory import BuiltOptimizer
 from library.train.checkpoint import STATE_SUFFIX, SavedRun, save_run
-from library.train.naming import SavePoint, epoch_save, last_stem, model_path, step_save, step_stem
+from library.train.ema import Ema
+from library.train.naming import (
+    SavePoint,
+    average_stem,
+    best_stem,
+    epoch_save,
+    last_stem,
+    model_path,
+    step_save,
+    step_stem,
+)
+from library.train.run_log import Saved
 from library.train.state import TrainState
 from library.train.trainer import StepReport
 from library.train.upload import Uploader
@@ -30,6 +42,20 @@ SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The network, and ways to have weights in it: those trained, as they are to be used, and their average."""
+
+    network: NetworkHandle
+    trained: Callable[[], AbstractContextManager[None]]
+    ema: Ema | None
+    judged_by_ema: bool  # samples and validation see the average
+
+    def judged(self) -> AbstractContextManager[None]:
+        """Those that samples are drawn with and validation measures."""
+        return self.ema.in_use() if self.ema is not None and self.judged_by_ema else self.trained()
+
+
 class Saver:
     """Writes model files and state folders. Every rank calls it and gives what it holds; rank 0 writes."""
 
@@ -37,25 +63,47 @@ class Saver:
         self,
         *,
         config: SavingConfig,
-        network: NetworkHandle,
+        weights: Weights,
         metadata: Callable[[TrainState, int], Mapping[str, str]],
         capture: Callable[[TrainState], SavedRun],
         backend: Backend,
-        optimizer: BuiltOptimizer,
+        record: Callable[[Saved], None] = lambda saved: None,
         uploader: Uploader | None = None,
     ) -> None:
-        self._optimizer, self._uploader = optimizer, uploader
+        self.weights, self._record, self._uploader = weights, record, uploader
         assert config.output_dir is not None, "checked by the config rules"
-        self._config, self._folder, self._network = config, config.output_dir, network
+        self._config, self._folder, self._network = config, config.output_dir, weights.network
         self._metadata, self._capture = metadata, capture
         self._backend, self._world = backend, backend.world
         self.written: list[Path] = []
+        self._best_stem = best_stem(config.output_name)
         self._checked = False  # whether it was said that a file was read back and is whole
 
     def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
         """Write the network as `<stem>.<save_model_as>`; `epoch` is what ss_epoch says."""
+        with self.weights.trained():
+            path = self._write(stem, state, epoch=epoch, what="model")
+        self._upload(path, now=final)
+        return path
+
+    def average(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path | None:
+        """Write the averaged weights beside those of `stem`, if there is an average."""
+        if self.weights.ema is None:
+            return None
+        with self.weights.ema.in_use():
+            path = self._write(average_stem(stem), state, epoch=epoch, what="ema")
+        self._upload(path, now=final)
+        return path
+
+    def best(self, state: TrainState) -> None:
+        """Write the weights that validation found best so far; the last of them is uploaded when the run ends."""
+        with self.weights.judged():
+            self._tried(lambda: self._write(self._best_stem, state, epoch=state.epochs_begun, what="best"))
+
+    def _write(self, stem: str, state: TrainState, *, epoch: int, what: str) -> Path:
+        """Write the weights that are in the network now."""
         path = model_path(self._config, stem)
-        with self._optimizer.evaluating(), self._backend.whole(self._network.module):
+        with self._backend.whole(self._network.module):
             start = time.perf_counter()
             if self._world.is_main:
                 dtype = SAVE_DTYPES[self._config.save_precision]
@@ -65,10 +113,16 @@ class Saver:
             seconds = time.perf_counter() - start
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
             self._check(path)
-            self.written.append(path)
-            if self._uploader is not None:
-                self._uploader.put(path, now=final)
+            self._note(path, state, what)
         return path
+
+    def _note(self, path: Path, state: TrainState, what: str) -> None:
+        self.written = [*(old for old in self.written if old != path), path]
+        self._record(Saved(step=state.step, what=what, file=path.name))
+
+    def _upload(self, path: Path, *, now: bool = False) -> None:
+        if self._world.is_main and self._uploader is not None:
+            self._uploader.put(path, now=now)
 
     def _check(self, path: Path) -> None:
         """Read the file as a stranger would; what is wrong is said each time, that all is well once."""
@@ -91,9 +145,9 @@ class Saver:
             with refusals_named(folder):
                 save_run(folder, run)
             logger.info("saved the state in %s", folder)
-            self.written.append(folder)
-            if self._uploader is not None and self._config.save_state_to_huggingface:
-                self._uploader.put(folder)
+            self._note(folder, state, "state")
+            if self._config.save_state_to_huggingface:
+                self._upload(folder)
         return folder
 
     def interrupted(self, state: TrainState) -> Path:
@@ -106,13 +160,14 @@ class Saver:
         A disk that refuses ends no training: the next point tries again, and what is there stays.
         """
         written = self._tried(lambda: self.model(point.stem, state, epoch=epoch))
+        # Tried as well where the first failed: other ranks take part in it.
+        written = self._tried(lambda: self.average(point.stem, state, epoch=epoch)) and written
         if self._config.save_state:
-            # Tried as well where the first failed: other ranks take part in it.
             written = self._tried(lambda: self.state(point.stem, state)) and written
         if self._world.is_main and written:
             self._retire(point)
 
-    def _tried(self, write: Callable[[], Path]) -> bool:
+    def _tried(self, write: Callable[[], object]) -> bool:
         try:
             write()
         except WriteFailed as error:
@@ -121,8 +176,12 @@ class Saver:
         return True
 
     def final(self, state: TrainState, *, epoch: int) -> Path:
-        """Write the finished network, and the last state if asked."""
+        """Write the finished network, its average if there is one, and the last state if asked."""
         path = self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
+        self.average(last_stem(self._config.output_name), state, epoch=epoch, final=True)
+        best = model_path(self._config, self._best_stem)
+        if best in self.written:
+            self._upload(best, now=True)
         if self._config.save_state or self._config.save_state_on_train_end:
             self.state(last_stem(self._config.output_name), state)
         return path
@@ -141,8 +200,8 @@ class Saver:
         self.finish()
 
     def _retire(self, point: SavePoint) -> None:
-        if point.retires_model:
-            old = model_path(self._config, point.retires_model)
+        retired = (point.retires_model, average_stem(point.retires_model)) if point.retires_model else ()
+        for old in (model_path(self._config, stem) for stem in retired):
             if old.exists():
                 self._release(old)
                 old.unlink()
@@ -188,5 +247,6 @@ class SavingListener:
         return state
 
     def on_end(self, state: TrainState) -> TrainState:
-        self._saver.final(state, epoch=self._num_epochs)
+        # A run that stops early ends in an epoch of its own.
+        self._saver.final(state, epoch=min(state.epochs_begun, self._num_epochs))
         return state

@@ -18,6 +18,7 @@ from library.adapters.base import ModelAdapter
 from library.config.load import LoadedConfig
 from library.config.notices import refuse
 from library.config.prompts import SamplePrompt
+from library.config.sections.validation import ValidationConfig
 from library.config.show import output_config
 from library.config.train_config import TrainConfig
 from library.data.dataset import load_batches
@@ -37,19 +38,24 @@ from library.preflight.report import Report, write_report
 from library.preflight.start import say_start
 from library.preflight.tables import print_report
 from library.train import graphs
+from library.train.best import has_stalled
 from library.train.build import (
     Job,
     Trained,
     build_adapter,
+    build_ema,
     build_trained,
     check_parts,
     check_schedule,
+    loss_by_image,
+    sample_losses,
     token_shapes,
     wanted_prompts,
 )
 from library.train.caching import CachingPhase, prompt_texts
 from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_result
+from library.train.ema import Ema
 from library.train.exhausted import explained
 from library.train.facts import MetadataWriter
 from library.train.graphs import StepGraphs
@@ -64,13 +70,25 @@ from library.train.prepare import (
     read_data,
     start_step,
 )
-from library.train.resume import capture, choose_seed, continued_state, first_state, restore, resumed_run
-from library.train.saving import Saver
+from library.train.recording import recorded
+from library.train.resume import (
+    Rememberer,
+    capture,
+    choose_seed,
+    continued_state,
+    first_state,
+    restore,
+    resumed_run,
+)
+from library.train.run_log import Ended
+from library.train.saving import Saver, Weights
 from library.train.signals import StopRequest
+from library.train.state import TrainState
 from library.train.trackers import check as check_trackers
 from library.train.trainer import Limits, Listener, Trainer
 from library.train.trigger import doubts, fill_prompts, trigger_words
 from library.train.upload import Uploader, check_hub, hub_folder, open_repository
+from library.train.validate import why_enough
 
 logger = logging.getLogger(__name__)
 
@@ -207,47 +225,82 @@ def with_trigger(
 def train(job: Job) -> Trained:
     """Build what is trained, train it to the end, write the final file. Returns what was trained."""
     config, backend = job.config, job.backend
-    trained = build_trained(job)
-    adapter = build_adapter(job, trained)
-    module = wrap(job, trained)
-    parts = trained.resumable(backend)
-    if job.saved is not None:
-        restore(job.saved, parts, step=job.state.step)
-        job = replace(job, saved=None)  # its numbers are in place: main memory need not hold them twice
-    folder = hub_folder(config.saving) if backend.world.is_main else None
-    saver = Saver(
-        config=config.saving,
-        network=trained.network,
-        metadata=MetadataWriter(job, trained),
-        capture=lambda now: capture(now, parts),
-        backend=backend,
-        optimizer=trained.optimizer,
-        uploader=Uploader(folder, background=config.saving.async_upload) if folder is not None else None,
-    )
-    stop = StopRequest()
-    objective = Objective(config.objective)
-    try:
-        with build_listeners(job, trained, saver, adapter=adapter, objective=objective) as listeners:
-            trainer = build_trainer(
-                job, trained, module=module, adapter=adapter, listeners=listeners, should_stop=stop
-            )
-            stop.install()
-            began = time.monotonic()
-            finished = trainer.run(batches(job))
-    except Exception:
-        saver.failed()
-        raise
-    if not finished:
-        left = saver.interrupted(trainer.state)
-        saver.finish()
-        backend.wait("the state is saved")  # the launcher ends all ranks as soon as one has left
-        raise Interrupted(
-            f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {left}, "
-            "go on with --resume auto"
+    with recorded(job) as record:
+        trained = build_trained(job)
+        adapter = build_adapter(job, trained)
+        module = wrap(job, trained)
+        ema = build_ema(job, trained)
+        losses = loss_by_image(job.data.training)
+        extras: dict[str, Rememberer | None] = {"ema": ema, "losses": losses}
+        parts = trained.resumable(backend, {what: part for what, part in extras.items() if part is not None})
+        if job.saved is not None:
+            restore(job.saved, parts, step=job.state.step)
+            job = replace(job, saved=None)  # its numbers are in place: main memory need not hold them twice
+        if ema is not None and not ema.has_begun:
+            ema.start()
+        folder = hub_folder(config.saving) if backend.world.is_main else None
+        saver = Saver(
+            config=config.saving,
+            weights=Weights(
+                trained.network,
+                trained.optimizer.evaluating,
+                ema,
+                judged_by_ema=config.averaging.ema_for_samples,
+            ),
+            metadata=MetadataWriter(job, trained),
+            capture=lambda now: capture(now, parts),
+            backend=backend,
+            record=record,
+            uploader=Uploader(folder, background=config.saving.async_upload) if folder is not None else None,
         )
-    saver.finish()
-    show_result(saver.written, steps=trainer.state.step - job.state.step, seconds=time.monotonic() - began)
-    return trained
+        stop = StopRequest()
+        objective = Objective(config.objective)
+        try:
+            with build_listeners(
+                job,
+                trained,
+                saver,
+                losses=losses,
+                record=record,
+                adapter=adapter,
+                objective=objective,
+            ) as listeners:
+                trainer = build_trainer(
+                    job,
+                    trained,
+                    module=module,
+                    adapter=adapter,
+                    listeners=listeners,
+                    should_stop=stop,
+                    ema=ema,
+                )
+                stop.install()
+                began = time.monotonic()
+                finished = trainer.run(batches(job))
+        except Exception:
+            saver.failed()
+            raise
+        if not finished:
+            left = saver.interrupted(trainer.state)
+            saver.finish()
+            backend.wait("the state is saved")  # the launcher ends all ranks as soon as one has left
+            raise Interrupted(
+                f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {left}, "
+                "go on with --resume auto"
+            )
+        saver.finish()
+        record(ending(trainer.state, total_steps=job.data.plan.total_steps, config=config.validation))
+        show_result(
+            saver.written, steps=trainer.state.step - job.state.step, seconds=time.monotonic() - began
+        )
+        return trained
+
+
+def ending(state: TrainState, *, total_steps: int, config: ValidationConfig) -> Ended:
+    """How a finished run ended."""
+    if state.step < total_steps:
+        return Ended(step=state.step, why="early stop", message=why_enough(state, config))
+    return Ended(step=state.step, why="done", message="")
 
 
 def build_trainer(
@@ -258,9 +311,11 @@ def build_trainer(
     adapter: ModelAdapter,
     listeners: Sequence[Listener],
     should_stop: Callable[[], bool],
+    ema: Ema | None = None,
 ) -> Trainer:
     """The loop over what was built; `module` is the root module as the backend wrapped it."""
     config, backend = job.config, job.backend
+    micro_steps = -(-job.data.plan.settings.units_per_step // backend.world.size)
     return Trainer(
         module=module,
         adapter=adapter,
@@ -272,7 +327,7 @@ def build_trainer(
         backend=backend,
         limits=Limits(
             total_steps=job.data.plan.total_steps,
-            micro_steps=-(-job.data.plan.settings.units_per_step // backend.world.size),
+            micro_steps=micro_steps,
             max_grad_norm=config.optimizer.max_grad_norm,
             scale_weight_norms=config.network.scale_weight_norms,
         ),
@@ -280,6 +335,11 @@ def build_trainer(
         state=job.state,
         should_stop=should_stop,
         graphs=StepGraphs(trained.parameters, shapes=token_shapes(job)) if backend.keeps_gradients else None,
+        has_enough=lambda state: has_stalled(state.validation_losses, config.validation),
+        ema=ema,
+        sample_losses=sample_losses(
+            job.data.training, rows=micro_steps * max(job.data.plan.settings.batch_sizes), world=backend.world
+        ),
     )
 
 

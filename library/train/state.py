@@ -31,6 +31,11 @@ class TrainState:
         return self.step // self.steps_per_epoch
 
     @property
+    def epochs_begun(self) -> int:
+        """Epoch that the last step belonged to, from 1."""
+        return max(1, math.ceil(self.step / self.steps_per_epoch))
+
+    @property
     def average_loss(self) -> float:
         """Mean loss of the last epoch's worth of steps, as Kohya's avr_loss."""
         return sum(self.losses) / len(self.losses) if self.losses else float("nan")
@@ -48,7 +53,7 @@ class TrainState:
         """Plain values; `current_epoch` and `current_step` are the names Kohya's own state has."""
         return {
             "version": STATE_VERSION,
-            "current_epoch": max(1, math.ceil(self.step / self.steps_per_epoch)),
+            "current_epoch": self.epochs_begun,
             "current_step": self.step,
             **asdict(self),
         }

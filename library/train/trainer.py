@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,9 +25,11 @@ from library.errors import TrainingDiverged
 from library.flow.objective import Draw, Objective
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
+from library.train.ema import Ema
 from library.train.graphs import StepGraphs
 from library.train.preservation import preserve_output
 from library.train.reading import Reading
+from library.train.sample_losses import SampleLoss, SampleLosses
 from library.train.state import TrainState
 from networks.interface import NetworkHandle, NormReport
 
@@ -43,6 +46,7 @@ class StepReport:
     skipped: bool  # fp16 overflow: the parameters were left as they were
     max_norm: NormReport | None = None  # what scale_weight_norms did
     norms: Mapping[str, float] = field(default_factory=dict)  # what the network reports after it, by tag
+    sample_losses: Sequence[SampleLoss] = ()  # of all ranks
 
 
 class Listener(Protocol):
@@ -78,7 +82,7 @@ class _Launched:
     """A step that the device has been given, and whose numbers nobody has read."""
 
     begun: float
-    reading: Reading  # loss, samples, wish to stop, gradient norm
+    reading: Reading  # loss, samples, wish to stop, gradient norm, then the losses of samples
     rates: Mapping[str, float]
     skipped: bool
     max_norm: NormReport | None
@@ -102,6 +106,9 @@ class Trainer:
     state: TrainState
     should_stop: Callable[[], bool]  # whether this process was asked to stop
     graphs: StepGraphs | None = None  # records micro-steps
+    has_enough: Callable[[TrainState], bool] = lambda state: False  # ends a run early; alike on every rank
+    ema: Ema | None = None
+    sample_losses: SampleLosses | None = None
     _settled: float = field(default=0.0, init=False)  # when the last report was read
     _diverged: Tensor | None = field(default=None, init=False)  # [], 1 once a step was not finite
 
@@ -111,7 +118,7 @@ class Trainer:
         self.network.on_epoch_start()
         for report in self.steps(batches):
             self._after_step(report)
-        if self.state.step < self.limits.total_steps:
+        if self.state.step < self.limits.total_steps and not self.has_enough(self.state):
             return False
         self._tell(lambda listener, state: listener.on_end(state))
         return True
@@ -125,6 +132,8 @@ class Trainer:
         flying: _Launched | None = None
         stop = False
         while not stop and self.state.step + (flying is not None) < self.limits.total_steps:
+            if flying is None and self.has_enough(self.state):  # what it asks is known when nothing flies
+                return
             launched = self.launch(batches)
             if flying is not None:
                 report, stop = self.settle(flying)
@@ -166,7 +175,9 @@ class Trainer:
         )
         self.network.on_gradients()
         norm = torch.as_tensor(grad_norm, dtype=total.dtype, device=total.device).detach().reshape(1)
-        numbers = torch.cat((self.backend.sum(total), norm))
+        table = self.sample_losses.take() if self.sample_losses is not None else total[:0]
+        total, table = self.backend.sum(torch.cat((total, table))).tensor_split((3,))
+        numbers = torch.cat((total, norm, table))
         reading = Reading(numbers)
         loss: float | None = None
         if self.runs_ahead:
@@ -175,7 +186,7 @@ class Trainer:
             self._diverged = bad if self._diverged is None else torch.maximum(self._diverged, bad)
             self.optimizer.leave_out(self._diverged)
         else:
-            loss, _, _, length = reading.wait()  # the step's one wait for the device
+            loss, _, _, length, *_ = reading.wait()  # the step's one wait for the device
             self._check_finite(loss, length)
         adapted = {f"d*lr/{name}": rate for name, rate in self.optimizer.adapted_rates().items()}
         rates = {**self.optimizer.learning_rates(), **adapted}
@@ -183,13 +194,15 @@ class Trainer:
         if stepped:
             self.schedule.step(loss)
         max_norm = self._limit_norms()
+        if stepped and self.ema is not None:
+            self.ema.update()
         return _Launched(
             begun, reading, rates, skipped=not stepped, max_norm=max_norm, norms=self._read_norms()
         )
 
     def settle(self, launched: _Launched) -> tuple[StepReport, bool]:
         """Read a launched step's numbers: its report, and whether any rank was asked to stop."""
-        loss, samples, stop, norm = launched.reading.wait()
+        loss, samples, stop, norm, *table = launched.reading.wait()
         self._check_finite(loss, norm)
         self.state = self.state.after_step(loss=loss, samples=int(samples))
         now = time.perf_counter()
@@ -199,8 +212,9 @@ class Trainer:
             tags, values = launched.norms
             norms = dict(zip(tags, values.wait(), strict=True))
         report = StepReport(
-            loss, norm, launched.rates, int(samples), seconds, launched.skipped, launched.max_norm, norms
-        )
+            loss, norm, launched.rates, int(samples), seconds, launched.skipped, launched.max_norm, norms,
+            self.sample_losses.read(table) if self.sample_losses is not None else (),
+        )  # fmt: skip
         return report, stop > 0
 
     def micro_step(self, batch: Batch) -> Tensor:
@@ -215,20 +229,21 @@ class Trainer:
         # Dropouts inside a network use torch's global generators: seeded by what is trained, not by when.
         torch.manual_seed(randomness.integer(self.state.seed, "network", *batch.visits[0]))
         self.network.on_step_start()
-        if self.graphs is None:
-            return self.differentiate(draw, inputs)
-        return self.graphs.run(self.differentiate, draw, inputs)
+        run = self.differentiate if self.graphs is None else partial(self.graphs.run, self.differentiate)
+        loss_B = run(draw, inputs)
+        if self.sample_losses is not None:
+            self.sample_losses.note(batch, draw.t, loss_B)
+        return (loss_B * inputs.sample_weights).sum()
 
     def differentiate(self, draw: Draw, inputs: StepInputs) -> Tensor:
-        """The one use of all that is trained, forward and backward. Returns the loss's part, detached, [].
+        """The one use of all that is trained, forward and backward. Returns the samples' losses, detached, [B].
 
         Everything in it happens on the device and depends on nothing but its arguments, so it may be recorded.
         """
         prediction = self.module(draw.x_t, draw.t, inputs.cond)  # [B, 16, h, w]
         loss_B = self.objective.loss(prediction, draw, inputs.mask)  # [B]
-        loss = (loss_B * inputs.sample_weights).sum()
-        self.backend.backward(loss)
-        return loss.detach()
+        self.backend.backward((loss_B * inputs.sample_weights).sum())
+        return loss_B.detach()
 
     def _after_step(self, report: StepReport) -> None:
         self._tell(lambda listener, state: listener.on_step(state, report))

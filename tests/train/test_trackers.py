@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from library.config.prompts import SamplePrompt
 from library.config.sections.logging import LoggingConfig
 from library.config.train_config import TrainConfig
 from library.errors import ConfigError, EnvironmentUnsupported
@@ -51,7 +52,8 @@ def tell_all(trackers: list[Tracker], *, failed: bool = False) -> None:
     listener.on_start(a_state(step=0, losses=(), validation_losses=((0, 2.0),)))
     listener.on_step(state, report())
     listener.on_epoch(state, 1)
-    listener.on_image(3, Image.new("RGB", (8, 8), (255, 0, 0)), state)
+    picture = Image.new("RGB", (8, 8), (255, 0, 0))
+    listener.on_image(SamplePrompt(index=3, prompt="waves"), Path("picture.png"), picture, state)
     listener.close(failed=failed)
 
 

@@ -38,3 +38,6 @@ class LoggingConfig:
     )
     console_log_file: Path | None = option(None, "file that messages are written to as well")
     console_log_simple: bool = option(False, "plain messages without colour")
+    no_run_log: bool = option(
+        False, "write no <output_name>-log.jsonl, which has the numbers and events of the run", ours=True
+    )

@@ -27,3 +27,18 @@ class ValidationConfig:
     max_validation_steps: int | None = option(
         None, "validation batches at most; unset is all", limit=Limit(ge=1, unit="batches"), unset=(0,)
     )
+    keep_best: bool = option(
+        False, "keep the adapter of the lowest validation loss as <output_name>-best, whatever else is removed",
+        ours=True,
+    )  # fmt: skip
+    early_stop_patience: int | None = option(
+        None,
+        "end the run after this many validations without a new lowest loss",
+        limit=Limit(ge=1, unit="validations"),
+        unset=(0,),
+        ours=True,
+    )
+    early_stop_min_delta: float = option(
+        0.0, "how far below the lowest a validation loss must be to count as a new one", limit=Limit(ge=0),
+        ours=True,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""The run log of a job: opened before anything is built, told how the run ended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from library.config.train_config import OPTIONS, TrainConfig
+from library.errors import Interrupted
+from library.log import ROOT
+from library.train.build import Job
+from library.train.metrics import public_options
+from library.train.run_log import Ended, Record, RunLog, Started, Warned, Write, log_path
+
+
+@contextmanager
+def recorded(job: Job) -> Iterator[Write]:
+    """What writes into the run log of `job`; into nothing on other ranks and without a log.
+
+    On leaving by an error its end is written. The end of a run that is done is for the caller to write.
+    """
+    config = job.config
+    if not job.backend.world.is_main or config.logging.no_run_log:
+        yield lambda record: None
+        return
+    assert config.saving.output_dir is not None, "checked by the config rules"
+    path = log_path(config.saving.output_dir, config.saving.output_name)
+    log = RunLog(path, after_step=job.state.step if job.saved is not None else None)
+    step, started = job.state.step, _started(job)
+    del job  # it holds the state that is resumed, which need not stay in memory
+
+    def write(record: Record) -> None:
+        nonlocal step
+        step = record.step
+        log.write(record)
+
+    warnings = _Warnings(lambda record: log.write(_warned(record, step)))
+    logging.getLogger(ROOT).addHandler(warnings)
+    try:
+        write(started)
+        yield write
+    except BaseException as error:
+        why = "stopped" if isinstance(error, Interrupted) else "error"
+        log.write(Ended(step=step, why=why, message=str(error) or type(error).__name__))
+        raise
+    finally:
+        logging.getLogger(ROOT).removeHandler(warnings)
+        log.close()
+
+
+class _Warnings(logging.Handler):
+    """Hands warnings and errors on."""
+
+    def __init__(self, tell: Callable[[logging.LogRecord], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record)
+
+
+def _warned(record: logging.LogRecord, step: int) -> Warned:
+    return Warned(step=step, level=record.levelname, message=record.getMessage())
+
+
+def _started(job: Job) -> Started:
+    data, plan, device = job.data, job.data.plan, job.backend.world.device
+    return Started(
+        step=job.state.step,
+        total_steps=plan.total_steps,
+        num_epochs=plan.num_epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+        resumed=job.saved is not None,
+        num_ranks=job.backend.world.size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        num_images=len(data.training.records),
+        num_validation_images=len(data.discovered.validation),
+        options=_changed(job.config),
+    )
+
+
+def _changed(config: TrainConfig) -> Mapping[str, object]:
+    """The public options that were given another value than their default."""
+    return {n: v for n, v in public_options(config).items() if v != OPTIONS[n].row.default}
