@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from library.config.advice_rules import ADVICE_RULES
+from library.config.averaging_rules import AVERAGING_RULES
 from library.config.kinds import local_path
 from library.config.launcher import ACCELERATE
 from library.config.names import files_near, suggestion
@@ -357,6 +358,7 @@ RULES = (
     data_has_one_source,
     named_files_exist,
     *SERVICE_RULES,
+    *AVERAGING_RULES,
     masks_are_weighed,
     constant_schedule_has_no_warmup,
     schedule_is_known,

@@ -58,6 +58,9 @@ def measure(config: TrainConfig, files: ModelFiles) -> TrainedFacts:
     kept = torch.bfloat16 if config.training.full_bf16 else torch.float32
     saved = SAVE_DTYPES[config.saving.save_precision] or kept
     writes_states = config.saving.save_state or config.saving.save_state_on_train_end
+    # The average of what is trained is float32 whatever the rest is.
+    trained = sum(p.numel() for group in groups for p in group.params)
+    averaged = trained * torch.float32.itemsize if config.averaging.ema_decay is not None else 0
     return TrainedFacts(
         modules=_modules(network),
         groups=tuple(
@@ -66,7 +69,9 @@ def measure(config: TrainConfig, files: ModelFiles) -> TrainedFacts:
         base_parameters=base_parameters,
         network_bytes=numbers * saved.itemsize,
         # torch takes a second to make its first optimizer, so only where it matters.
-        state_bytes=numbers * kept.itemsize + optimizer_bytes(config, groups, kept) if writes_states else 0,
+        state_bytes=(
+            numbers * kept.itemsize + averaged + optimizer_bytes(config, groups, kept) if writes_states else 0
+        ),
     )
 
 

@@ -15,7 +15,15 @@ from library.config.train_config import TrainConfig
 from library.data.plan import Plan
 from library.preflight.facts import CacheFacts, DiskFacts, FileFacts, TrainedFacts
 from library.train.checkpoint import STATE_SUFFIX
-from library.train.naming import SavePoint, epoch_save, last_stem, save_every_n_epochs, step_save
+from library.train.naming import (
+    SavePoint,
+    average_stem,
+    best_stem,
+    epoch_save,
+    last_stem,
+    save_every_n_epochs,
+    step_save,
+)
 
 
 def files_to_write(
@@ -97,14 +105,22 @@ def _saved(config: TrainConfig, plan: Plan, trained: TrainedFacts, first_step: i
         if retires and old in files:
             files[old] = replace(files[old], removed_at=file.step)
 
+    def write_network(stem: str, step: int, epoch: int | None, retires: str | None = None) -> None:
+        write(_file(config, trained, "network", stem, step, epoch), retires)
+        if config.averaging.ema_decay is not None:
+            old = average_stem(retires) if retires else None
+            write(_file(config, trained, "network", average_stem(stem), step, epoch), old)
+
     for step, epoch, point in save_points(config, plan, first_step):
-        write(_file(config, trained, "network", point.stem, step, epoch), point.retires_model)
+        write_network(point.stem, step, epoch, point.retires_model)
         if saving.save_state:
             write(_file(config, trained, "state", point.stem, step, epoch), point.retires_state)
     last, total, epochs = last_stem(saving.output_name), plan.total_steps, plan.num_epochs
     if saving.save_state or saving.save_state_on_train_end:
         write(_file(config, trained, "state", last, total, epochs))
-    write(_file(config, trained, "network", last, total, epochs))
+    if config.validation.keep_best:  # at the latest then
+        write(_file(config, trained, "network", best_stem(saving.output_name), total, epochs))
+    write_network(last, total, epochs)
     return list(files.values())
 
 

@@ -111,10 +111,22 @@ def read_data(config: TrainConfig, *, seed: int, world_size: int) -> Data:
         still = tuple(_without_chance(dataset) for dataset in datasets)
         validation = _training_data(still, found.validation, seed=_validation_seed(config, seed))
         validation_plan = _validation_plan(config, validation, world_size=world_size)
+    else:
+        _judges_nothing(config)
     for aside in found.asides:
         logger.info(aside)
     said = (*notices.all(), *found.notices, *_trigger_notices(datasets, found))
     return Data(datasets, found, training, plan, validation, validation_plan, said)
+
+
+def _judges_nothing(config: TrainConfig) -> None:
+    """Refuse what goes by the validation loss, where there will be none."""
+    for name in ("keep_best", "early_stop_patience"):
+        if config.value(name):
+            raise ConfigError(
+                f"{name} goes by the validation loss, and no image is kept for validation: set validation_split, "
+                f"such as 0.1, or leave {name} out"
+            )
 
 
 def _trigger_notices(datasets: Sequence[DatasetSettings], found: Discovered) -> Iterator[str]:

@@ -99,6 +99,7 @@ def test_defaults_are_values_of_their_rows():
             "optimizer",
             "schedule",
             "training",
+            "averaging",
             "memory",
         ),
         *("distributed", "saving", "metadata", "logging", "sampling", "validation", "other", "run"),

@@ -70,6 +70,7 @@ def convert(content: Mapping[str, Any]) -> Imported:
     _precision_and_text(draft, flat)
     _timesteps(draft, flat)
     _saving(draft, flat)
+    common.set_average(draft, flat, "train.ema_config.", decay=0.999)
     _samples(draft, flat)
     datasets = process.get("datasets") or []
     _datasets(draft, datasets if isinstance(datasets, list) else [datasets], flat)

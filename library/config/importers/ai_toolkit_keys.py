@@ -103,8 +103,8 @@ PROCESS: Table = {
     "train.noise_offset": option("noise_offset"),
     "train.min_snr_gamma": option("min_snr_gamma"),
     "train.reg_weight": option("prior_loss_weight"),
-    "train.ema_config.use_ema": dropped("there is no averaging of weights here; the last weights are saved"),
-    "train.ema_config.ema_decay": dropped("there is no averaging of weights here"),
+    "train.ema_config.use_ema": decides("ema_decay", "ema_for_samples"),
+    "train.ema_config.ema_decay": decides("ema_decay", note="with use_ema"),
     "train.bypass_guidance_embedding": dropped("the guidance embedding is trained at guidance_scale 1"),
     **dict.fromkeys(
         (

@@ -106,6 +106,18 @@ def set_optimizer(draft: Draft, key: str, value: object) -> None:
     draft.set("optimizer_type", name, key=key, note=INEXACT_OPTIMIZERS.get(plain, ""))
 
 
+def set_average(draft: Draft, given: Mapping[str, Any], prefix: str, *, decay: float) -> None:
+    """The average of weights, if it is on; `decay` is the other program's without being told."""
+    switch, key = f"{prefix}use_ema", f"{prefix}ema_decay"
+    if not truth(given.get(switch, False)):
+        return
+    draft.set(
+        "ema_for_samples", True, key=switch, note="the average is saved beside the last weights, as -ema"
+    )
+    chosen = switch if given.get(key) in (None, "") else key
+    draft.set("ema_decay", given[key] if chosen == key else decay, key=chosen)
+
+
 def buckets(resolution: int, *, step: int = 64, by_aspect: bool = True) -> dict[str, object]:
     """Size and buckets of a dataset whose pictures have the area of a square of `resolution` pixels."""
     if not by_aspect:

@@ -67,6 +67,9 @@ def convert(content: Mapping[str, Any], read: Reader) -> Imported:
     _network(draft, given, read)
     _length_and_saving(draft, given)
     _optimizer(draft, given)
+    common.set_average(draft, given, "", decay=0.995)
+    if "ema_decay" in draft.options and given.get("ema_device") == "cpu":
+        draft.set("ema_on_cpu", True, key="ema_device")
     _timesteps(draft, given)
     _precision(draft, given)
     _logging(draft, given)
