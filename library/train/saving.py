@@ -179,6 +179,7 @@ class Saver:
         """Write the finished network, its average if there is one, and the last state if asked."""
         path = self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
         self.average(last_stem(self._config.output_name), state, epoch=epoch, final=True)
+        self.written.sort(key=lambda written: written == path)  # last of all, for it is the result
         best = model_path(self._config, self._best_stem)
         if best in self.written:
             self._upload(best, now=True)

@@ -159,7 +159,8 @@ def why_enough(state: TrainState, config: ValidationConfig) -> str:
     """Why a run that has stalled ends."""
     best = lowest(state.validation_losses)
     where = f"; the lowest was {best[1]:.4f} at step {best[0]}" if best else ""
+    least = f" by more than {config.early_stop_min_delta:g}" if config.early_stop_min_delta else ""
     return (
-        f"early stop at step {state.step}: early_stop_patience = {config.early_stop_patience} validations without a "
-        f"new lowest loss{where}"
+        f"early stop at step {state.step}: the validation loss has not fallen{least} in early_stop_patience = "
+        f"{config.early_stop_patience} validations{where}"
     )
