@@ -41,7 +41,9 @@ class Started:
     device: str  # name of rank 0's device
     num_images: int  # different pictures that are trained on
     num_validation_images: int
-    options: Mapping[str, object]  # those given another value than their default; no secrets, no local paths
+    options: Mapping[
+        str, object
+    ]  # given another value than their default; no secrets, none of Kohya's private ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

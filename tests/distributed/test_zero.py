@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, dict[str, object]] = {
 }
 STEPS: dict[str, object] = {
     "max_train_epochs": None, "max_train_steps": 5, "global_batch_size": 4, "save_state_on_train_end": True,
-    "network_dim": 2, "t5xxl_max_token_length": 32,
+    "network_dim": 2, "t5xxl_max_token_length": 32, "ema_decay": 0.5,
     "cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True,
 }  # fmt: skip
 
@@ -66,6 +66,11 @@ def on_two_ranks(configs: Sequence[Path]) -> None:
 
 def losses(run: Path) -> list[float]:
     return json.loads((run / "out-state" / "train_state.json").read_text(encoding="utf-8"))["losses"]
+
+
+def validation_losses(run: Path) -> list[tuple[int, float]]:
+    state = json.loads((run / "out-state" / "train_state.json").read_text(encoding="utf-8"))
+    return [(step, loss) for step, loss in state["validation_losses"]]
 
 
 def furthest(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
@@ -96,6 +101,13 @@ def test_every_backend_takes_the_same_steps(tmp_path: Path, pictures: Path):
         assert apart < 1e-5, (backend, kind, apart)
         expected = load_file(one / "out.safetensors")
         assert furthest(expected, load_file(several / "out.safetensors")) < 1e-5, (backend, kind)
+        averages = [load_file(run / "out-ema.safetensors") for run in (one, several)]
+        assert furthest(*averages) < 1e-5, (backend, kind)
+        assert furthest(expected, averages[0]) > 1e-5, "the average is another file"
+        # The average again, and losses by picture, which ranks bring together: each picture was seen, by one of them.
+        extras = [load_file(run / "out-state" / "extras.safetensors") for run in (one, several)]
+        assert furthest(*extras) < 1e-4, (backend, kind)
+        assert int(extras[1]["losses/visits"].sum()) == 20
         ups = [key for key in expected if any(part in key for part in ("lora_up", "hada_w2_a", "lokr_w2_b"))]
         assert max(float(expected[key].abs().max()) for key in ups) > 1e-3, "nothing was trained"
     for optimizer_state in ("zero1", "zero2", "zero3"):
@@ -138,6 +150,10 @@ def test_a_run_goes_on_under_other_backends(tmp_path: Path, pictures: Path):
         for end in ends:
             got = load_file(tmp_path / f"{kind}-{end}" / "out.safetensors")
             assert furthest(expected, got) < 1e-5, (kind, end)
+            averages = [
+                load_file(tmp_path / f"{kind}-{run}" / "out-ema.safetensors") for run in ("whole", end)
+            ]
+            assert furthest(*averages) < 1e-5, (kind, end)
 
 
 def test_stage_3_draws_validates_recomputes_and_limits_norms(tmp_path: Path, pictures: Path):
@@ -147,7 +163,8 @@ def test_stage_3_draws_validates_recomputes_and_limits_norms(tmp_path: Path, pic
     )
     options = {
         "gradient_checkpointing": True, "validation_split": 0.2, "scale_weight_norms": 0.3, "sample_at_first": True,
-        "sample_prompts": str(prompts), "sample_every_n_steps": 5, "learning_rate": 2e-2,
+        "sample_prompts": str(prompts), "sample_every_n_steps": 5, "learning_rate": 2e-2, "ema_for_samples": True,
+        "keep_best": True, "validate_every_n_steps": 2,
     }  # fmt: skip
     plain = {**STEPS, **options}
     split = tmp_path / "split.json"
@@ -161,6 +178,7 @@ def test_stage_3_draws_validates_recomputes_and_limits_norms(tmp_path: Path, pic
             "zero3": {},
             "offloaded": {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
             "bf16": {"mixed_precision": "bf16"},
+            "early": {"early_stop_patience": 1, "early_stop_min_delta": 9.0},  # the first does count
             # Nothing that is trained stays whole: LyCORIS reads weights of modules that are never called.
             "split": {"ds_config": str(split), **NETWORKS["loha"], "scale_weight_norms": None},
         }.items()
@@ -188,6 +206,12 @@ def test_stage_3_draws_validates_recomputes_and_limits_norms(tmp_path: Path, pic
         got, expected = (load_file(tmp_path / run / "out.safetensors") for run in (name, reference))
         assert furthest(expected, got) < 1e-4, name  # large steps, and norms cut back after each
         assert len(list((tmp_path / name / "sample").glob("*.png"))) == 6
+        best, expected = (load_file(tmp_path / run / "out-best.safetensors") for run in (name, reference))
+        assert furthest(expected, best) < 1e-4, name
+        measured = [validation_losses(tmp_path / run) for run in (name, reference)]
+        assert [step for step, _ in measured[0]] == [0, 2, 4, 5]
+        assert [loss for _, loss in measured[0]] == pytest.approx([loss for _, loss in measured[1]], rel=1e-3)
+    assert [step for step, _ in validation_losses(tmp_path / "early")] == [0, 2, 4]
     for name in ("zero3", "bf16", "fp8", "fp16"):
         state = load_file(tmp_path / name / "out-state" / "model.safetensors")
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}, name

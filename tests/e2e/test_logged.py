@@ -1,7 +1,7 @@
-"""What three short runs write into TensorBoard: Kohya's tags, at its x, with the numbers they claim to be.
+"""What short runs write into TensorBoard: Kohya's tags, at its x, with the numbers they claim to be.
 
 A tag that Kohya writes twice under a second name (lr/group0 beside lr/unet) is written once; ours beside its own are
-norm/grad_norm and speed/*.
+norm/grad_norm, speed/*, memory/* and the validation loss at single timesteps.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ from tests.e2e.running import draw_pictures, write_config
 Scalars = Mapping[str, list[tuple[int, float]]]
 EVERY_RUN = {"loss/current", "loss/average", "loss/epoch_average"}
 OURS = {"norm/grad_norm", "speed/seconds_per_step", "speed/images_per_second"}
+GOLDEN = sorted([
+    "loss/average", "loss/current", "loss/epoch_average",
+    "loss/validation/epoch_average", "loss/validation/epoch_divergence", "loss/validation/step_average",
+    "loss/validation/step_divergence", *(f"loss/validation/timestep_{t}" for t in (200, 400, 600, 800)),
+    "lr/textencoder 1", "lr/textencoder 1 plus", "lr/unet", "lr/unet plus",
+    "max_norm/keys_scaled", "max_norm/max_key_norm",
+    "norm/avg_combined_norm", "norm/avg_grad_norm", "norm/avg_key_norm", "norm/grad_norm",
+    "speed/images_per_second", "speed/seconds_per_step",
+])  # fmt: skip
 SIZES = [(64, 64)] * 6 + [(96, 64)] * 2
 TIMESTEPS = (200, 400, 600, 800)  # the inner four of six points over 0..1000
 
@@ -62,8 +71,8 @@ def values(scalars: Scalars, tag: str) -> list[float]:
     return [value for _, value in scalars[tag]]
 
 
-def network_loss(config: Path, file: Path | None) -> float:
-    """The validation loss of the model with `file`, from caches on disk and the formula, without our validator."""
+def network_losses(config: Path, file: Path | None) -> dict[int, float]:
+    """The validation loss of the model with `file` by timestep, from caches on disk and the formula, without ours."""
     options = load_config(["--config_file", str(config)]).config
     loader, cpu = ModelLoader(options, locate_models(options.model)), torch.device("cpu")
     transformer, encoders = loader.transformer(cpu), loader.text_encoders(cpu)
@@ -78,7 +87,7 @@ def network_loss(config: Path, file: Path | None) -> float:
         settings=ForwardSettings(guidance_scale=1.0, apply_t5_attn_mask=False, autocast_dtype=None),
     ).eval()  # fmt: skip
 
-    losses: list[Tensor] = []
+    losses: dict[int, list[Tensor]] = {t: [] for t in TIMESTEPS}
     data = read_data(options, seed=7, world_size=1)
     assert data.discovered.validation
     for record in data.discovered.validation:
@@ -92,8 +101,8 @@ def network_loss(config: Path, file: Path | None) -> float:
             text = Conditions(text=encoders.encode([record.caption]), tokens=None)
             with torch.no_grad():
                 answer = root((1 - s) * x + s * noise, torch.tensor([s]), text)
-            losses.append((answer - (noise - x)).square().mean())
-    return float(torch.stack(losses).mean())
+            losses[t].append((answer - (noise - x)).square().mean())
+    return {t: float(torch.stack(each).mean()) for t, each in losses.items()}
 
 
 def test_lora_with_validation(tmp_path: Path, pictures: Path):
@@ -105,7 +114,8 @@ def test_lora_with_validation(tmp_path: Path, pictures: Path):
     validation = {f"loss/validation/{kind}" for kind in (
         "step_average", "step_divergence", "epoch_average", "epoch_divergence",
     )}  # fmt: skip
-    assert set(scalars) == EVERY_RUN | OURS | validation | {"lr/unet", "norm/avg_grad_norm"}
+    by_timestep = {f"loss/validation/timestep_{t}" for t in TIMESTEPS}
+    assert set(scalars) == EVERY_RUN | OURS | validation | by_timestep | {"lr/unet", "norm/avg_grad_norm"}
     total = len(scalars["loss/current"])
     epoch = total // 2
     for tag in ("loss/current", "loss/average", "lr/unet", "norm/avg_grad_norm", "norm/grad_norm"):
@@ -115,6 +125,10 @@ def test_lora_with_validation(tmp_path: Path, pictures: Path):
     due = sorted({0, epoch, total, *range(2, total + 1, 2)})
     assert steps(scalars, "loss/validation/step_average") == due
     assert steps(scalars, "loss/validation/step_divergence") == due[1:]
+    for tag in by_timestep:
+        assert steps(scalars, tag) == due
+    means = np.mean([values(scalars, tag) for tag in sorted(by_timestep)], axis=0)
+    assert means == pytest.approx(values(scalars, "loss/validation/step_average"), rel=1e-6)
 
     current, average = values(scalars, "loss/current"), values(scalars, "loss/average")
     for step in range(1, total + 1):  # the mean over the last epoch's worth of steps
@@ -128,11 +142,34 @@ def test_lora_with_validation(tmp_path: Path, pictures: Path):
     for x, divergence in scalars["loss/validation/step_divergence"]:
         assert divergence == pytest.approx(by_step[x] - average[x - 1], rel=1e-4, abs=1e-6)
     config = tmp_path / "c.toml"
-    assert by_step[0] == pytest.approx(network_loss(config, None), rel=1e-5)
-    assert by_step[total] == pytest.approx(
-        network_loss(config, tmp_path / "out" / "out.safetensors"), rel=1e-5
-    )
+    before, after = (network_losses(config, file) for file in (None, tmp_path / "out" / "out.safetensors"))
+    for step, losses in ((0, before), (total, after)):
+        assert by_step[step] == pytest.approx(sum(losses.values()) / len(losses), rel=1e-5)
+        for t, loss in losses.items():
+            assert dict(scalars[f"loss/validation/timestep_{t}"])[step] == pytest.approx(loss, rel=1e-5)
     assert by_step[total] != pytest.approx(by_step[0], rel=1e-3)
+
+
+def test_all_that_a_run_with_everything_shows(tmp_path: Path, pictures: Path):
+    """Every tag there is on a CPU, and the text and pictures beside them; a GPU adds memory/peak_gb."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("waves --w 32 --h 32 --s 1\nmore --w 32 --h 32 --s 1\n", encoding="utf-8")
+    scalars = logged(
+        tmp_path, pictures, validation_split=0.25, validate_every_n_steps=2, max_train_epochs=1, ema_decay=0.9,
+        ema_for_samples=True, keep_best=True, early_stop_patience=9, network_train_unet_only=None,
+        cache_text_encoder_outputs=None, text_encoder_lr=[1e-4], log_config=True, log_prefix="full-",
+        network_args=["ggpo_sigma=0.03", "ggpo_beta=0.01", "loraplus_lr_ratio=4"], scale_weight_norms=1.0,
+        sample_prompts=str(prompts), sample_every_n_epochs=1,
+    )  # fmt: skip
+    assert sorted(scalars) == GOLDEN
+    (events,) = (tmp_path / "logs").glob("full-*/network_train")
+    accumulated = EventAccumulator(str(events)).Reload()
+    assert accumulated.Tags()["images"] == ["sample_0", "sample_1"]
+    (text,) = (
+        event.tensor_proto.string_val[0].decode() for event in accumulated.Tensors("config/text_summary")
+    )
+    assert "| ema_decay | 0.9 |" in text
+    assert not any(f"| {name} |" in text for name in ("output_dir", "logging_dir", "wandb_api_key"))
 
 
 def test_validation_takes_as_many_batches_as_it_is_told(tmp_path: Path, pictures: Path):

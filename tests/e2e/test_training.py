@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flux_train_network import main
+from library.train.run_log import Ended, read_log
 from tests.e2e.running import ROOT, draw_pictures, run, run_until, write_config
 
 SIZES = [(96, 64), (64, 96), (80, 80), (100, 60), (64, 64), (96, 72)]
@@ -138,6 +139,9 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(
     (state,) = (tmp_path / "out").glob("out-step*-state")
     done = json.loads((state / "train_state.json").read_text())["step"]
     assert state.name == f"out-step{done:08d}-state"
+    end = read_log(tmp_path / "out" / "out-log.jsonl")[-1].record
+    assert isinstance(end, Ended)
+    assert (end.step, end.why) == (done, "stopped")
 
 
 @pytest.mark.parametrize(
