@@ -34,7 +34,7 @@ def test_a_run_does_what_its_dry_run_said(tmp_path: Path, capsys: pytest.Capture
         cache_latents_to_disk=True, cache_text_encoder_outputs_to_disk=True, flip_aug=True, caption_dropout_rate=0.1,
         save_every_n_epochs=1, save_every_n_steps=4, save_last_n_epochs=1, save_state=True, max_train_epochs=3,
         sample_prompts=str(prompts), sample_every_n_epochs=2, sample_at_first=True, validation_split=0.25,
-        validate_every_n_steps=4, save_precision="bf16", optimizer_type="AdamW",
+        validate_every_n_steps=4, save_precision="bf16", optimizer_type="AdamW", ema_decay=0.9, keep_best=True,
     )  # fmt: skip
     before = dry_run(config)
     assert not output.exists(), "a dry run writes nothing"
