@@ -108,12 +108,10 @@ class _Coming:
     def __init__(self, weights: Sequence[Tensor], share: float) -> None:
         self.share = share
         pinned = weights[0].is_cuda
-        self._host = [
-            torch.empty(weight.shape, dtype=torch.float32, pin_memory=pinned).copy_(
-                weight, non_blocking=pinned
-            )
-            for weight in weights
-        ]
+        flat = torch.cat([weight.float().flatten() for weight in weights])  # one copy, not hundreds
+        host = torch.empty(flat.shape, pin_memory=pinned).copy_(flat, non_blocking=pinned)
+        parts = torch.split(host, [weight.numel() for weight in weights])
+        self._host = [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
         self._event: torch.cuda.Event | None = None
         if pinned:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
