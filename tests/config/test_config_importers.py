@@ -267,6 +267,9 @@ def test_lora_types_of_the_gui(kind: str, module: str, arguments: list[str] | No
         ({"lr_scheduler": "constant", "lr_warmup_steps": 7}, {"lr_warmup_steps": None}),
         ({"base_model_precision": "no_change"}, {"fp8_base": None}),
         ({"optimizer": "bnb-lion8bit"}, {"optimizer_type": "Lion8bit"}),
+        ({"use_ema": True, "ema_decay": 0.9, "ema_device": "cpu"}, {"ema_decay": 0.9, "ema_on_cpu": True}),
+        ({"use_ema": "true"}, {"ema_decay": 0.995, "ema_for_samples": True, "ema_on_cpu": None}),
+        ({"use_ema": False, "ema_decay": 0.9}, {"ema_decay": None, "ema_for_samples": None}),
     ],
 )  # fmt: skip
 def test_keys_of_simpletuner(changes: dict[str, object], options: dict[str, object], tmp_path: Path) -> None:

@@ -84,6 +84,28 @@ def test_the_average_is_that_of_the_formula(on_cpu: bool, dtype: torch.dtype):
         again.load_state({"updates": state["updates"]})
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_gpu_waits_for_no_average(on_cpu: bool):
+    gpu = torch.device("cuda")
+    module = nn.Linear(64, 64, device=gpu)
+    one = SingleBackend(World(0, 1, 0, gpu), dtype=torch.float32)
+    ema = Ema(module, backend=one, decay=0.5, on_cpu=on_cpu)
+    ema.start()
+    weights = [{"weight": module.weight.detach().cpu()}]
+    for step in range(1, 6):
+        module.weight.data.add_(step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ema.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        weights.append({"weight": module.weight.detach().cpu()})
+    state = ema.state()["weight"]
+    assert state.is_cuda != on_cpu
+    assert torch.allclose(state.cpu().double(), averaged(weights, 0.5)["weight"], atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_every_network_is_averaged_and_resumed(tmp_path: Path, pictures: Path, kind: str):
     output = tmp_path / "out"

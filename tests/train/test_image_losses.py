@@ -101,6 +101,24 @@ def test_samples_of_all_ranks_meet_in_one_table():
     )  # fmt: skip
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_waits_for_no_table():
+    gpu = torch.device("cuda")
+    losses = SampleLosses(IMAGES, rows=2, world=World(0, 1, 0, gpu))
+    batch = Batch(
+        visits=(Visit(IMAGES[3], 0), Visit(IMAGES[1], 0)), captions=("", ""), latents=None, images=None, text=None,
+        loss_weights=torch.ones(2), shares=torch.tensor([0.5, 0.5]), mask=None,
+    )  # fmt: skip
+    t, lost = torch.tensor([0.25, 0.5], device=gpu), torch.tensor([1.0, 2.0], device=gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses.note(batch, t, lost)
+        table = losses.take()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.read(table.tolist()) == (SampleLoss(1, 0.5, 2.0), SampleLoss(3, 0.25, 1.0))
+
+
 CAPTIONS = ("a ripe red apple on a white table", "city lights at night, from far away")
 WRONG = {4, 15, 22}
 
