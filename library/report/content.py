@@ -49,6 +49,11 @@ class Composer:
         self._known = known
         self._shelf, self._checkpoints = Shelf(), Checkpoints()
 
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self._known.name
+
     def content(self, lines: Sequence[Line]) -> Json:
         """The page's content."""
         known = self._known

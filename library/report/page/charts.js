@@ -238,6 +238,6 @@ function bars(title, note, rows, say) {
     el("dl", {}, rows.map((row, index) => {
       const fill = el("i", { class: `k${row.colour ?? index % 8}` });
       fill.style.width = `${(row.value / (most || 1)) * 100}%`;
-      return [el("dt", {}, row.name), el("div", { class: "rail" }, fill), el("dd", {}, say(row.value, total))];
+      return el("div", { class: "part" }, el("dt", {}, row.name), el("div", { class: "rail" }, fill), el("dd", {}, say(row.value, total)));
     })));
 }

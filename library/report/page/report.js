@@ -1,12 +1,6 @@
 "use strict";
 // The report of one run.
 
-function last(name, kind) {
-  const spec = CONTENT.charts.find((one) => one.title === name);
-  const series = spec && (spec.series.find((one) => one.name === kind) || spec.series[0]);
-  return series && series.y.length ? series.y[series.y.length - 1] : NaN;
-}
-
 function headOf(content) {
   const { run } = content;
   const tile = (name, value, unit, sub) => el("div", { class: "tile" }, el("dt", {}, name), el("dd", {}, value, unit ? el("small", {}, ` ${unit}`) : null), el("div", { class: "sub" }, sub || " "));
@@ -16,7 +10,7 @@ function headOf(content) {
     tile("Loss, mean of an epoch", number(run.average_loss), "", run.first_average ? `${number(run.first_average)} after the first` : ""),
     run.best ? tile("Best validation loss", number(run.best.loss), "", `at step ${whole(run.best.step)}`) : null,
     run.seconds_per_step ? tile("Speed", number(run.seconds_per_step), "s a step", `${number(run.images_per_second)} images a second`) : null,
-    tile(run.status === "running" ? "Time left" : "Time", duration(run.status === "running" ? left : run.seconds), "", run.status === "running" ? `${duration(run.seconds)} so far` : `ended ${moment(run.updated_at)}`),
+    tile(run.status === "running" ? "Time left" : "Time", duration(run.status === "running" ? left : run.seconds), "", run.status === "running" ? `${duration(run.seconds)} so far` : "without pauses"),
     run.peak_memory ? tile("Peak memory", bytes(run.peak_memory), "", run.device) : null,
   ];
   return el("header", { class: "head" },
@@ -51,7 +45,7 @@ function dataSection(data) {
   const folders = data.folders.length ? table(
     [["Folder"], ["Kind"], ["Images", "n"], ["Repeats", "n"], ["Validation", "n"], ["Captions", "n"], ["Empty", "n"], ["First caption"]],
     data.folders.map((one) => el("tr", {}, el("td", { class: "name" }, one.name), el("td", {}, one.kind), el("td", { class: "n" }, whole(one.images)), el("td", { class: "n" }, whole(one.repeats)),
-      el("td", { class: "n" }, whole(one.validation)), el("td", { class: "n" }, whole(one.captions)), el("td", { class: "n" }, whole(one.empty)), el("td", {}, clamped(one.example))))) : null;
+      el("td", { class: "n" }, whole(one.validation)), el("td", { class: "n" }, whole(one.captions)), el("td", { class: "n" }, whole(one.empty)), el("td", { class: "text" }, clamped(one.example))))) : null;
   const buckets = data.buckets.map((one) => {
     const told = [plural(one.images, "image"), plural(one.samples, "sample"), plural(one.batches, "batch").replace("batchs", "batches"),
       one.batches && one.last_batch ? `last of ${one.last_batch}` : null,
@@ -80,7 +74,7 @@ function outliersSection(outliers) {
   if (!outliers || !outliers.images.length) return null;
   const rows = outliers.images.map((one) => el("tr", {},
     el("td", {}, el("div", { class: "outlier" }, one.src ? picture(one.src, "") : null, el("span", { class: "code" }, one.image))),
-    el("td", { class: "n" }, number(one.score)), el("td", { class: "n" }, number(one.loss)), el("td", { class: "n" }, whole(one.visits)), el("td", {}, one.caption ? clamped(one.caption) : "")));
+    el("td", { class: "n" }, number(one.score)), el("td", { class: "n" }, number(one.loss)), el("td", { class: "n" }, whole(one.visits)), el("td", { class: "text" }, one.caption ? clamped(one.caption) : "")));
   return section("outliers", "Images that stand out", `at the end of epoch ${outliers.epoch}: their loss is far from that of the others at the same noise`,
     table([["Image"], ["Score", "n"], ["Loss / expected", "n"], ["Visits", "n"], ["Caption"]], rows));
 }

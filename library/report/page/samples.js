@@ -128,7 +128,7 @@ function samplesSection(samples) {
     bar.hidden = name === "All";
     bar.style.display = bar.hidden ? "none" : "";
     if (name === "All") { all(); return; }
-    area.replaceChildren(el("div", { class: "gallery" }, cards.map((card) => card.node)));
+    area.replaceChildren(el("div", { class: name === "One step" ? "gallery" : "gallery versus" }, cards.map((card) => card.node)));
     cards.forEach((card) => card.frame.replaceChildren());
     show();
   }
