@@ -26,9 +26,15 @@ class LiveReport:
     """
 
     def __init__(
-        self, path: Path, known: Callable[[], Known], *, every: int, earlier: Sequence[Line] = ()
+        self,
+        path: Path,
+        known: Callable[[], Known],
+        *,
+        every: int,
+        earlier: Sequence[Line] = (),
+        on_step: Callable[[], None] = lambda: None,  # called where steps are told of, before a report is due
     ) -> None:
-        self._path, self._known, self._every = path, known, every
+        self._path, self._known, self._every, self._on_step = path, known, every, on_step
         self._lines = list(earlier)
         self._news = threading.Condition()
         self._due, self._closing = False, False
@@ -37,9 +43,12 @@ class LiveReport:
 
     def write(self, record: Record) -> None:
         """Take one record."""
+        steps = isinstance(record, Stepped) and record.step % self._every == 0
+        if steps:
+            self._on_step()
         with self._news:
             self._lines.append(Line(time.time(), record))
-            if not isinstance(record, Stepped | Warned) or record.step % self._every == 0:
+            if steps or not isinstance(record, Stepped | Warned):
                 self._due = True
                 self._news.notify()
 

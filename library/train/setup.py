@@ -191,6 +191,7 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
     state = first_state(config, data.plan, saved, seed=seed, backend=backend)
     loader = ModelLoader(config, files)
     prompts, doubtful = with_trigger(written.prompts, data, loader.any_tokenizers)
+    told: Report | None = None
     if backend.world.is_main:
         with quiet(logging.WARNING):  # all of it is said when the network is built to be trained
             expected = forecast(
@@ -201,13 +202,14 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
             refuse(notices)
         say(notices)
         say_start(expected, device=backend.world.device.type)
+        told = Report(loaded, expected, (*loaded.notices, *notices))
         open_repository(config.saving)
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
     data = phase.latents(data)
     data, conditions = phase.text(data, prompt_texts(prompts))
     return Job(
         config=config, backend=backend, console=console, loader=loader, data=data, saved=saved, state=state,
-        prompts=prompts, conditions=conditions,
+        prompts=prompts, conditions=conditions, told=told,
     )  # fmt: skip
 
 
