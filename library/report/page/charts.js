@@ -113,6 +113,7 @@ class Chart {
     const [first, last] = extent(visible.map(({ series }) => series.x), false);
     if (!log) {
       if (spec.zero) low = Math.min(0, low);
+      else if (high - low < 1e-9 * Math.abs(high)) [low, high] = high > 0 ? [0, 2 * high] : [2 * low, 0];
       const room = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
       [low, high] = [spec.zero ? low : low - room, high + room];
     } else if (low === high) [low, high] = [low / 2, high * 2];
