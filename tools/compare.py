@@ -20,9 +20,13 @@ from library.report.compare import write_comparison
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="reports, logs, or output folders of runs")
-    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="page to write (compare.html)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("compare.html"), help="page to write (compare.html)"
+    )
     arguments = parser.parse_args(argv)
     try:
         write_comparison(arguments.runs, arguments.output)

@@ -37,9 +37,13 @@ from library.train.trial import draw_all
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path, help="adapter files")
-    parser.add_argument("--strengths", nargs="+", type=float, default=[0.6, 0.8, 1.0], help="0 is the base model")
+    parser.add_argument(
+        "--strengths", nargs="+", type=float, default=[0.6, 0.8, 1.0], help="0 is the base model"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="draw each prompt with each of them")
     parser.add_argument("--output", type=Path, default=Path("grid.png"), help="picture to write (grid.png)")
     parser.add_argument("--html", type=Path, help="page to write as well")
@@ -95,7 +99,9 @@ def _draw(given: argparse.Namespace, trainer: Sequence[str]) -> None:
         content = {"name": given.output.stem, "about": about, "sheets": shown}
         _write(given.html, render(content, kind="grid", title=f"{given.output.stem} - contact sheet"))
     if report is not None:
-        page = render({**report, "sheets": shown}, kind="report", title=f"{report['run']['name']} - training report")
+        page = render(
+            {**report, "sheets": shown}, kind="report", title=f"{report['run']['name']} - training report"
+        )
         _write(given.report, page)
 
 
@@ -116,7 +122,8 @@ def _names(files: Sequence[Path]) -> list[str]:
     """Stems, with the folder before them where two are alike."""
     stems = [file.stem for file in files]
     return [
-        f"{file.resolve().parent.name}/{file.stem}" if stems.count(file.stem) > 1 else file.stem for file in files
+        f"{file.resolve().parent.name}/{file.stem}" if stems.count(file.stem) > 1 else file.stem
+        for file in files
     ]
 
 

@@ -119,7 +119,7 @@ def prompts_content(prompts: Sequence[SamplePrompt]) -> dict[int, Json]:
 def details(prompt: SamplePrompt) -> str:
     """What a prompt asks for beside its words."""
     parts = [
-        f"{prompt.width}×{prompt.height}",
+        f"{prompt.width}x{prompt.height}",
         f"{prompt.sample_steps} steps",
         f"guidance {prompt.guidance_scale:g}",
         *([f"scale {prompt.scale:g}"] if prompt.scale != 1 else []),

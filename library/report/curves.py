@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 from library.train.run_log import Stepped, Validated
 
@@ -42,7 +42,7 @@ def series(
     if len(known) <= MOST_POINTS:
         return {**line, "x": [x for x, _ in known], "y": [_short(y) for _, y in known]}
     edges = [round(i * len(known) / GROUPS) for i in range(GROUPS + 1)]
-    groups = [known[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    groups = [known[a:b] for a, b in pairwise(edges)]
     values = [[y for _, y in group] for group in groups]
     return {
         **line,

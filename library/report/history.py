@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +29,11 @@ RECENT = 50  # steps that speed is averaged over
 LONGEST_PAUSE = 6 * 3600  # seconds; a longer gap in a log is a clock that was set
 _STATUS = {"done": "finished", "early stop": "finished", "stopped": "stopped", "error": "failed"}
 _MARKS = {"model": "network", "ema": "EMA", "best": "best", "state": "state"}
-_PARTS = ("training", "validation", "sample images", "saving", "between steps")
+_START, _BETWEEN = "loading and starting", "between steps"
+_SPENT_ON: Mapping[type[Record], str] = {
+    Validated: "validation", Sampled: "sample images", Saved: "saving",
+}  # fmt: skip
+_PARTS = ("training", *_SPENT_ON.values(), _BETWEEN, _START)
 
 
 def of_kind(lines: Sequence[Line], kind: type[R]) -> list[R]:
@@ -81,29 +86,22 @@ def time_split(lines: Sequence[Line]) -> list[Json]:
 def _parts(lines: Sequence[Line]) -> list[tuple[str, float]]:
     """The time before each line by what it went to. What no process was there for counts nowhere."""
     found: list[tuple[str, float]] = []
-    for before, line, after in zip(lines, lines[1:], [*lines[2:], None], strict=False):
+    for before, line in pairwise(lines):
         gap, record = max(0.0, line.time - before.time), line.record
         if isinstance(record, Started) or gap > LONGEST_PAUSE:
             continue
         if isinstance(record, Stepped):
             training = min(gap, record.seconds)
-            validates = after is not None and isinstance(after.record, Validated)
             found.append(("training", training))
-            found.append(("validation" if validates else "between steps", gap - training))
-        elif isinstance(record, Validated):
-            found.append(("validation", gap))
-        elif isinstance(record, Sampled):
-            found.append(("sample images", gap))
-        elif isinstance(record, Saved):
-            found.append(("saving", gap))
-        else:
-            found.append(("between steps", gap))
+            gap -= training
+        starts = isinstance(before.record, Started)
+        found.append((_START if starts else _SPENT_ON.get(type(record), _BETWEEN), gap))
     return found
 
 
 def notices(lines: Sequence[Line], at_start: Sequence[str], *, secrets: Sequence[str] = ()) -> list[Json]:
     """What was said before the run and warned of during it, each sentence once, without its secrets."""
-    said = [(None, "WARNING", text) for text in at_start]
+    said: list[tuple[int | None, str, str]] = [(None, "WARNING", text) for text in at_start]
     said += [(warned.step, warned.level, warned.message) for warned in of_kind(lines, Warned)]
     rows: dict[str, Json] = {}
     for step, level, text in said:

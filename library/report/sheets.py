@@ -14,7 +14,7 @@ Json = dict[str, object]
 GAP, MARGIN = 10, 20  # pixels
 TITLE, LABEL = 18, 15  # font sizes
 ROW_LABELS = 96  # pixels left of the pictures
-LARGEST_CELL = 512  # pixels of a picture's longer side on a sheet
+CELL = (192, 512)  # least and most pixels of a picture's longer side on a sheet
 INK, SOFT, PAPER = (27, 26, 24), (93, 90, 84), (251, 250, 248)
 
 
@@ -52,7 +52,7 @@ def draw_sheets(sheets: Sequence[Sheet]) -> Image.Image:
 
 def _draw(sheet: Sheet) -> Image.Image:
     title_font, font = ImageFont.load_default(TITLE), ImageFont.load_default(LABEL)
-    cells = [[_small(cell) for cell in row] for row in sheet.cells]
+    cells = [[_fitted(cell) for cell in row] for row in sheet.cells]
     width, height = cells[0][0].size
     inner = ROW_LABELS + len(sheet.columns) * (width + GAP)
     title = wrap(sheet.title or "(no prompt)", title_font, max(inner, 320))
@@ -77,7 +77,8 @@ def _draw(sheet: Sheet) -> Image.Image:
     return sheet_picture
 
 
-def _small(cell: Image.Image) -> Image.Image:
-    copy = cell.convert("RGB")
-    copy.thumbnail((LARGEST_CELL, LARGEST_CELL))
-    return copy
+def _fitted(cell: Image.Image) -> Image.Image:
+    side = max(cell.size)
+    factor = min(max(side, CELL[0]), CELL[1]) / side
+    width, height = (max(1, round(length * factor)) for length in cell.size)
+    return cell.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)

@@ -125,9 +125,7 @@ class _Studio:
     autoencoder: AutoEncoder
     device: torch.device
 
-    def previewer(
-        self, network: NetworkHandle | None, texts: Conditions
-    ) -> Callable[[SamplePrompt], Image]:
+    def previewer(self, network: NetworkHandle | None, texts: Conditions) -> Callable[[SamplePrompt], Image]:
         """What draws a prompt with the network that the transformer wears now."""
         module = FluxTrainModule(
             transformer=self.transformer,
@@ -143,7 +141,9 @@ class _Studio:
 
         def conditions(prompt: str) -> TextCond:
             kept = texts[prompt]
-            return TextCond(*(part.to(self.device) for part in (kept.clip_pooled, kept.t5_hidden, kept.t5_mask)))
+            return TextCond(
+                *(part.to(self.device) for part in (kept.clip_pooled, kept.t5_hidden, kept.t5_mask))
+            )
 
         return FluxPreviewer(
             module=module, autoencoder=self.autoencoder, conditions=conditions, device=self.device,

@@ -75,8 +75,9 @@ class Chart {
     this.visible = false;
     new IntersectionObserver((entries) => {
       this.visible = entries.some((entry) => entry.isIntersecting);
-      if (this.visible && this.stale) this.draw();
+      this.fresh();
     }, { rootMargin: "300px" }).observe(this.node);
+    setTimeout(() => this.fresh(true), 0); // once the page is up, for those who print it
     new ResizeObserver(() => {
       if (this.plot.clientWidth !== this.width) this.update();
     }).observe(this.plot);
@@ -97,7 +98,11 @@ class Chart {
 
   update() {
     this.stale = true;
-    if (this.visible) this.draw();
+    this.fresh();
+  }
+
+  fresh(hidden = false) {
+    if (this.stale && (this.visible || hidden)) this.draw();
   }
 
   draw() {

@@ -161,7 +161,7 @@ function sheetSection(sheets, id = "sheets", title = "Strength and checkpoint") 
       return el("td", {}, el("button", { type: "button", "aria-label": image.alt, onclick: () => enlarge(list, flat.indexOf(cell)) }, image));
     })));
     return el("figure", { class: "card sample" }, el("figcaption", {}, clamped(sheet.title), sheet.details ? el("span", { class: "small" }, sheet.details) : null),
-      el("div", { class: "scroll", tabindex: "0" }, el("table", { class: "grid" }, el("thead", {}, head), el("tbody", {}, rows))));
+      el("div", { class: "scroll", tabindex: "0" }, el("table", { class: "grid narrow" }, el("thead", {}, head), el("tbody", {}, rows))));
   });
   return section(id, title, null, el("div", { class: "buckets" }, boxes));
 }
