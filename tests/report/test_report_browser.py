@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from library.report.compare import write_comparison
 from library.report.page import render
 from tests.report.browser import CHROMIUM, Tab, browser
-from tests.report.made import HOSTILE, content, draw_samples, log
+from tests.report.made import HOSTILE, content, draw_samples, log, sample_steps
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -29,7 +31,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2,000 steps and 200 samples, each of 512 pixels."""
     folder = tmp_path_factory.mktemp("run")
-    draw_samples(folder, STEPS, samples=AT, prompts=PROMPTS, side=512)
+    draw_samples(folder, STEPS, samples=2, prompts=PROMPTS, side=512)
     prompts = {number: {"text": f"{number}: {HOSTILE}", "details": "seed 7"} for number in range(PROMPTS)}
     shown = {"src": PICTURE, "width": 224, "height": 168, "name": "b.png", "caption": HOSTILE}
     bucket = {
@@ -58,8 +60,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data={"plan": [["images", HOSTILE]], "folders": [row], "buckets": [bucket, bucket]},
         options=[option, {**option, "name": "clip_l", "source": "default"}],
         memory=lambda: [{"name": "weights", "value": 24e9}, {"name": "activations", "value": 8e9}],
-        outliers=lambda found: {"epoch": found.epoch, "images": [{**shown, "image": "0/a/b.png", "score": 5.0, "loss": 1.8, "visits": 9}]},
+        outliers=lambda found: {"epoch": found.epoch, "images": [{**shown, **asdict(one)} for one in found.images]},
     )  # fmt: skip
+    drawn = made["samples"]["pictures"]  # at two steps; the others are shown with the pictures of the first
+    assert len(drawn) == 2 * PROMPTS
+    made["samples"] |= {
+        "steps": sample_steps(STEPS, AT),
+        "pictures": [
+            {**one, "step": step, "file": f"sample/{step}_{one['prompt']}.png"}
+            for step in sample_steps(STEPS, AT)
+            for one in (drawn[PROMPTS:] if step == STEPS else drawn[:PROMPTS])
+        ],
+    }
     path = folder / "run.report.html"
     path.write_text(render(made, kind="report", title=f"run {HOSTILE}"), encoding="utf-8")
     return path
@@ -74,6 +86,12 @@ def check(tab: Tab, page: Path) -> None:
     assert tab.evaluate("document.querySelectorAll('img[onerror]').length") == 0
     unnamed = "[...document.querySelectorAll('img')].filter((one) => one.getAttribute('alt') === null).length"
     assert tab.evaluate(unnamed) == 0
+
+
+def press(tab: Tab, name: str) -> None:
+    """Press the button of that name."""
+    buttons = "[...document.querySelectorAll('button')]"
+    tab.evaluate(f"{buttons}.find((one) => one.textContent === {json.dumps(name)}).click()")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -97,8 +115,7 @@ def test_the_slider_and_the_views_show_other_pictures(tab: Tab, report: Path):
         slider.dispatchEvent(new Event('input')); return document.querySelector('.steps output').textContent; })()"""
     assert tab.evaluate(slide) == "step 80"
     assert tab.evaluate(source) != last
-    press = "(name) => [...document.querySelectorAll('#samples button')].find((one) => one.textContent === name).click()"
-    tab.evaluate(f"({press})('All')")
+    press(tab, "All")
     assert tab.evaluate("document.querySelectorAll('#samples .grid img').length") == AT * PROMPTS
     tab.evaluate("document.querySelector('#samples .grid button').click()")
     assert tab.evaluate("document.querySelector('dialog').open")
@@ -106,9 +123,9 @@ def test_the_slider_and_the_views_show_other_pictures(tab: Tab, report: Path):
     tab.evaluate("document.querySelector('dialog [aria-label=after]').click()")
     assert tab.evaluate("document.querySelector('dialog strong').textContent") == "step 160"
     link = tab.evaluate("document.querySelector('dialog a').href")
-    assert link == (report.parent / "sample" / "run_000160_00_20991231235959_7.png").as_uri()
+    assert link == (report.parent / "sample" / "160_0.png").as_uri()
     tab.evaluate("document.querySelector('dialog').close()")
-    tab.evaluate(f"({press})('Before / after')")
+    press(tab, "Before / after")
     assert tab.evaluate("document.querySelectorAll('.split').length") == PROMPTS
     assert tab.problems == []
 
@@ -119,7 +136,8 @@ def test_curves_answer_to_pointer_smoothing_and_log_scale(tab: Tab, report: Path
     before = tab.evaluate(curve)
     tab.evaluate(
         """(() => { const box = document.querySelector('#curves .tools input[type=range]'); box.value = 0.5;
-        box.dispatchEvent(new Event('input')); document.querySelector('.chart').scrollIntoView(); })()"""
+        box.dispatchEvent(new Event('input'));
+        document.querySelector('.chart').scrollIntoView({ behavior: 'instant' }); })()"""
     )
     tab.evaluate("new Promise((done) => setTimeout(done, 100))")
     smoothed = tab.evaluate(curve)
@@ -139,7 +157,8 @@ def test_options_are_filtered(tab: Tab, report: Path):
     tab.evaluate("document.querySelectorAll('#options .segments button')[1].click()")
     assert tab.evaluate(rows) == ["ae", "clip_l"]
     tab.evaluate(
-        "(() => { const box = document.querySelector('#options input'); box.value = 'clip'; box.dispatchEvent(new Event('input')); })()"
+        """(() => { const box = document.querySelector('#options input'); box.value = 'clip';
+        box.dispatchEvent(new Event('input')); })()"""
     )
     assert tab.evaluate(rows) == ["clip_l"]
 
@@ -162,13 +181,15 @@ def test_text_can_be_read_in_either_scheme(tab: Tab, report: Path, scheme: str):
     tab.open(report, width=1440)
     ratios = tab.evaluate(
         """(() => {
-          const style = getComputedStyle(document.documentElement), probe = document.body.appendChild(document.createElement('i'));
+          const style = getComputedStyle(document.documentElement);
+          const probe = document.body.appendChild(document.createElement('i'));
           const light = (name) => {
             probe.style.color = style.getPropertyValue(name);
             const [r, g, b] = getComputedStyle(probe).color.match(/\\d+/g).map((part) => {
               const v = part / 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
             return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-          const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+          const ratio = (a, b) => {
+            const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
           return ['--ink', '--soft', '--accent', '--good', '--warn', '--bad'].flatMap((ink) =>
             ['--paper', '--card', '--shade'].map((paper) => ratio(ink, paper)));
         })()"""
