@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from library.config.load import LoadedConfig
 from library.config.prompts import SamplePrompt
-from library.config.show import resolved_table
 from library.report.curves import charts
 from library.report.history import (
     Checkpoints,
@@ -31,7 +29,7 @@ class Known:
     name: str
     folder: Path  # output_dir
     output_name: str | None
-    options: Sequence[Json] = ()
+    options: Sequence[Mapping[str, object]] = ()
     notices: Sequence[str] = ()
     secrets: Sequence[str] = ()  # words that nothing may show
     prompts: Mapping[int, Json] = field(default_factory=dict)  # text and details by index
@@ -104,11 +102,6 @@ class Composer:
             ],
             "left_out": len(files) - len(thumbs),
         }
-
-
-def options_content(loaded: LoadedConfig) -> list[Json]:
-    """Every option with value, source, state and effect; secrets are masked."""
-    return [row._asdict() for row in resolved_table(loaded)]
 
 
 def prompts_content(prompts: Sequence[SamplePrompt]) -> dict[int, Json]:

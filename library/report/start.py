@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from library.errors import ConfigError
-from library.report.content import Json, Known, options_content, prompts_content
+from library.report.content import Json, Known, prompts_content
 from library.report.dataset import data_content, outliers_content
 from library.report.live import LiveReport
 from library.report.memory import MemoryMeter
@@ -19,7 +19,7 @@ from library.train.naming import last_stem
 from library.train.run_log import Line
 
 
-def live_report(job: Job, *, earlier: Sequence[Line]) -> LiveReport:
+def live_report(job: Job, earlier: Sequence[Line]) -> LiveReport:
     """The report of `job`, begun; `earlier` is the log of what the run did before it was resumed."""
     saving = job.config.saving
     assert saving.output_dir is not None, "checked by the config rules"
@@ -41,7 +41,7 @@ def _known(job: Job, meter: MemoryMeter, before: Path | None) -> Known:
         name=last_stem(saving.output_name),
         folder=saving.output_dir,
         output_name=saving.output_name,
-        options=options_content(told.loaded) if told is not None else (),
+        options=told.options if told is not None else (),
         notices=told.notices if told is not None else (),
         secrets=secret_values(job.config),
         prompts=prompts_content(job.prompts),

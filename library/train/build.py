@@ -23,7 +23,7 @@ from library.models.text_encoders import ClipL, T5Encoder
 from library.optim import factory, schedules
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
-from library.preflight.report import Report
+from library.preflight.facts import Told
 from library.train.caching import image_encoder
 from library.train.checkpoint import SavedRun
 from library.train.ema import Ema
@@ -54,7 +54,7 @@ class Job:
     state: TrainState
     prompts: tuple[SamplePrompt, ...]
     conditions: Mapping[str, TextCond]  # of the sample prompts, by text
-    told: Report | None = None  # what was said before the run, on the main rank
+    told: Told | None = None  # on the main rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

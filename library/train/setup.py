@@ -19,7 +19,7 @@ from library.config.load import LoadedConfig
 from library.config.notices import refuse
 from library.config.prompts import SamplePrompt
 from library.config.sections.validation import ValidationConfig
-from library.config.show import output_config
+from library.config.show import output_config, resolved_table
 from library.config.train_config import TrainConfig
 from library.data.dataset import load_batches
 from library.data.records import Batch
@@ -32,11 +32,13 @@ from library.flow.objective import Objective
 from library.log import quiet, setup_logging
 from library.models.tokenizers import FluxTokenizers
 from library.preflight.caches import caches
+from library.preflight.facts import Told
 from library.preflight.forecast import forecast
 from library.preflight.lints import advice
 from library.preflight.report import Report, write_report
 from library.preflight.start import say_start
 from library.preflight.tables import print_report
+from library.report.start import live_report
 from library.train import graphs
 from library.train.best import has_stalled
 from library.train.build import (
@@ -191,7 +193,7 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
     state = first_state(config, data.plan, saved, seed=seed, backend=backend)
     loader = ModelLoader(config, files)
     prompts, doubtful = with_trigger(written.prompts, data, loader.any_tokenizers)
-    told: Report | None = None
+    told: Told | None = None
     if backend.world.is_main:
         with quiet(logging.WARNING):  # all of it is said when the network is built to be trained
             expected = forecast(
@@ -202,7 +204,8 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console) -> Job:
             refuse(notices)
         say(notices)
         say_start(expected, device=backend.world.device.type)
-        told = Report(loaded, expected, (*loaded.notices, *notices))
+        options = tuple(row._asdict() for row in resolved_table(loaded))
+        told = Told(options=options, forecast=expected, notices=(*loaded.notices, *notices))
         open_repository(config.saving)
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
     data = phase.latents(data)
@@ -227,7 +230,7 @@ def with_trigger(
 def train(job: Job) -> Trained:
     """Build what is trained, train it to the end, write the final file. Returns what was trained."""
     config, backend = job.config, job.backend
-    with recorded(job) as record:
+    with recorded(job, live_report) as record:
         trained = build_trained(job)
         adapter = build_adapter(job, trained)
         module = wrap(job, trained)

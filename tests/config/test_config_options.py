@@ -31,7 +31,7 @@ KOHYA = {row["dest"]: row for row in json.loads((ROOT / "tests/data/config/kohya
 OURS = {"global_batch_size", "dry_run", "dry_run_json", "strict_config", "ignore_advice"}
 OURS |= {"text_cache_variants", "trigger_word", "skip_image_resolution"}
 OURS |= {"distributed", "ds_config", "local_rank"}
-OURS |= {"keep_best", "early_stop_patience", "early_stop_min_delta", "no_run_log"}
+OURS |= {"keep_best", "early_stop_patience", "early_stop_min_delta", "no_run_log", "report_every_n_steps"}
 OURS |= {"ema_decay", "ema_on_cpu", "ema_for_samples"}
 OURS |= {"base_compute", "compile_blocks", "attention", "join_adapter", "recompute"}
 # The type that Kohya's parser declares for options of each of our types.

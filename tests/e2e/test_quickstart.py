@@ -22,6 +22,12 @@ def test_the_quickstart_learns(tmp_path: Path):
     assert float(ratio) < 0.9
     names = {path.name for path in (tmp_path / "out").iterdir()}
     epochs = {f"quickstart-{epoch:06d}.safetensors" for epoch in range(1, 10)}
-    assert names == {"quickstart.safetensors", "quickstart-log.jsonl", "sample", *epochs}
+    assert names == {
+        "quickstart.safetensors",
+        "quickstart-log.jsonl",
+        "quickstart.report.html",
+        "sample",
+        *epochs,
+    }
     assert "wrote" in said
     assert "Load LoRA" in said

@@ -50,7 +50,14 @@ def test_a_run_writes_what_kohya_writes(tmp_path: Path, pictures: Path, prompts:
     printed = run(config).stderr
     names = sorted(path.name for path in output.iterdir())
     # Six pictures, one held back: five, twice each, in batches of two within a bucket.
-    files = ["out-000002-state", "out-000002.safetensors", "out-log.jsonl", "out-state", "out.safetensors"]
+    files = [
+        "out-000002-state",
+        "out-000002.safetensors",
+        "out-log.jsonl",
+        "out-state",
+        "out.report.html",
+        "out.safetensors",
+    ]
     assert names == [*files, "sample"]
     samples = sorted(path.name for path in (output / "sample").iterdir())
     assert [re.sub(r"_\d{14}_", "_TIME_", name) for name in samples] == [
