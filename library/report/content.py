@@ -57,7 +57,7 @@ class Composer:
         known = self._known
         outliers = last_outliers(lines)
         return {
-            "run": {"name": known.name, **standing(lines)},
+            "run": {"name": known.name, **standing(lines, secrets=known.secrets)},
             "notices": notices(lines, known.notices, secrets=known.secrets),
             "charts": charts(of_kind(lines, Stepped), of_kind(lines, Validated)),
             "time": time_split(lines),

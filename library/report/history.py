@@ -41,8 +41,8 @@ def of_kind(lines: Sequence[Line], kind: type[R]) -> list[R]:
     return [line.record for line in lines if isinstance(line.record, kind)]
 
 
-def standing(lines: Sequence[Line]) -> Json:
-    """Where the run is: status, position, speed and best validation loss."""
+def standing(lines: Sequence[Line], *, secrets: Sequence[str] = ()) -> Json:
+    """Where the run is: status, position, speed and best validation loss; what ended it, without its secrets."""
     starts, steps = of_kind(lines, Started), of_kind(lines, Stepped)
     ended = lines[-1].record if lines and isinstance(lines[-1].record, Ended) else None
     recent = steps[-RECENT:]
@@ -51,7 +51,7 @@ def standing(lines: Sequence[Line]) -> Json:
     start = starts[-1] if starts else None
     return {
         "status": _STATUS.get(ended.why, "stopped") if ended else "running",
-        "message": ended.message if ended else "",
+        "message": _masked(ended.message, secrets) if ended else "",
         "step": steps[-1].step if steps else start.step if start else 0,
         "total_steps": start.total_steps if start else 0,
         "epoch": steps[-1].epoch if steps else 1,
@@ -124,16 +124,17 @@ class Checkpoints:
         self._hashes: dict[tuple[str, int, int], str] = {}
 
     def table(self, lines: Sequence[Line], folder: Path) -> list[Json]:
-        """One row for each file or state folder, oldest first; what is gone is marked so."""
+        """One row for each file or state folder, by step; the step of the lowest validation loss is marked."""
         losses = {one.step: one.loss for one in of_kind(lines, Validated)}
         lowest = min(losses, key=lambda step: losses[step], default=None)
         saved = {one.file: one for one in of_kind(lines, Saved)}
-        return [self._row(one, folder / one.file, losses, lowest) for one in saved.values()]
+        ordered = sorted(saved.values(), key=lambda one: one.step)
+        return [self._row(one, folder / one.file, losses, lowest) for one in ordered]
 
     def _row(self, saved: Saved, path: Path, losses: Mapping[int, float], lowest: int | None) -> Json:
         marks = [_MARKS.get(saved.what, saved.what)]
         if saved.step == lowest and saved.what not in ("state", "best"):
-            marks.append("lowest validation loss")
+            marks.append("best step")
         return {
             "file": saved.file, "step": saved.step, "marks": marks, "validation": losses.get(saved.step),
             "exists": path.exists(), "bytes": _size(path), "sha256": self._hash(path),

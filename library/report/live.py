@@ -37,7 +37,7 @@ class LiveReport:
         self._path, self._known, self._every, self._on_step = path, known, every, on_step
         self._lines = list(earlier)
         self._news = threading.Condition()
-        self._due, self._closing = False, False
+        self._due, self._closing, self._written = False, False, False
         self._thread = threading.Thread(target=self._work, name="report", daemon=True)
         self._thread.start()
 
@@ -61,6 +61,9 @@ class LiveReport:
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
             logger.warning("the report %s is not finished after %d s and is left", self._path, PATIENCE)
+        elif self._written:
+            logger.info("report %s", self._path)
+            self._written = False  # said once
 
     def _work(self) -> None:
         try:
@@ -81,6 +84,7 @@ class LiveReport:
                 lines = list(self._lines)
             began = time.monotonic()
             write_report(self._path, composer, lines)
+            self._written = True
             pause = (time.monotonic() - began) / SHARE
 
 

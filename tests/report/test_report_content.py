@@ -120,7 +120,7 @@ def test_checkpoints_have_sizes_hashes_and_marks(tmp_path: Path):
     rows = {row["step"]: row for row in content(tmp_path, log(20))["checkpoints"]}
     assert rows[10]["bytes"] == 7
     assert rows[10]["sha256"] == hashlib.sha256(b"weights").hexdigest()
-    assert rows[10]["marks"] == ["network", "lowest validation loss"]
+    assert rows[10]["marks"] == ["network", "best step"]
     assert not rows[20]["exists"]
     assert rows[20]["marks"] == ["network"]
 

@@ -88,7 +88,7 @@ function checkpointsSection(checkpoints) {
     }, `${one.sha256.slice(0, 12)}…`) : "–";
     return el("tr", { class: one.exists ? null : "gone" },
       el("td", { class: "name" }, one.exists ? el("a", { href: beside(one.file) }, one.file) : one.file),
-      el("td", {}, one.marks.map((mark) => el("span", { class: `tag${mark === "best" ? " good" : ""}` }, mark)), one.exists ? null : el("span", { class: "tag" }, "removed")),
+      el("td", {}, one.marks.map((mark) => el("span", { class: `tag${mark.startsWith("best") ? " good" : ""}` }, mark)), one.exists ? null : el("span", { class: "tag" }, "removed")),
       el("td", { class: "n" }, whole(one.step)), el("td", { class: "n" }, one.validation === null ? "–" : number(one.validation)), el("td", { class: "n" }, bytes(one.bytes)), el("td", { class: "hash" }, hash));
   });
   return section("checkpoints", "Checkpoints", null,
