@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 logger = logging.getLogger(__name__)
 
 # Longer side in pixels and WebP quality, from good to small.
-LEVELS = ((512, 80), (384, 76), (256, 70))
+LEVELS = ((512, 80), (512, 55), (384, 70), (256, 70))
 BUDGET = 10_000_000  # letters that the samples of a page may take
 
 

@@ -31,7 +31,7 @@ class Sheet:
 
 def sheet_content(sheet: Sheet) -> Json:
     """The sheet as a page shows it."""
-    side, quality = LEVELS[1]
+    side, quality = LEVELS[2]
     return {
         "title": sheet.title, "details": sheet.details, "row_name": "Strength", "rows": sheet.rows,
         "columns": sheet.columns,

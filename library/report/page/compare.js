@@ -1,6 +1,9 @@
 "use strict";
 // Several runs next to each other: what differs, curves over each other, samples side by side.
 
+// What tells runs apart without changing what they learn.
+const NAMES = new Set(["output_dir", "output_name", "config_file", "logging_dir", "log_prefix", "log_tracker_name", "wandb_run_name", "wandb_api_key", "huggingface_token", "console_log_file"]);
+
 function runMark(index) {
   return el("i", { class: `mark k${index % 8}` });
 }
@@ -21,7 +24,7 @@ function differences(runs) {
   const rows = names.map((name) => {
     const found = by.map((options) => options.get(name));
     const values = found.map((option) => (option ? option.value : "-"));
-    return { name, found, values, differs: new Set(values).size > 1, given: found.some((option) => option && option.source !== "default") };
+    return { name, found, values, differs: new Set(values).size > 1 && !NAMES.has(name), given: found.some((option) => option && option.source !== "default") };
   });
   const body = el("tbody");
   const show = (keep) => {
@@ -43,7 +46,7 @@ function overlaid(runs) {
     const specs = runs.map((one) => one.charts.find((spec) => spec.title === title));
     const inner = [...new Set(specs.flatMap((spec) => (spec ? spec.series.map((series) => series.name) : [])))];
     return inner.map((name) => ({
-      ...specs.find(Boolean), title: inner.length > 1 ? `${title}: ${name}` : title, wide: title === "Loss" && name === "training",
+      ...specs.find(Boolean), title: inner.length > 1 ? `${title}: ${name}` : title, unit: inner.length > 1 ? "" : specs.find(Boolean).unit, wide: title === "Loss" && name === "training",
       series: specs.flatMap((spec, index) => (spec ? spec.series : []).filter((series) => series.name === name)
         .map((series) => ({ ...series, low: undefined, high: undefined, name: runs[index].name, colour: `k${index % 8}` }))),
     }));

@@ -112,6 +112,8 @@ function mount(sections) {
     for (const entry of entries) entry.isIntersecting ? seen.add(entry.target) : seen.delete(entry.target);
     const first = made.findIndex((one) => seen.has(one));
     links.forEach((link, index) => link.classList.toggle("here", index === first));
+    const link = links[first];
+    if (link) bar.firstChild.scrollLeft = link.offsetLeft - 40;
   }, { rootMargin: "-60px 0px -55% 0px" });
   made.forEach((one) => watch.observe(one));
   return [bar, el("main", {}, made)];

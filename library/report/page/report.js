@@ -117,7 +117,7 @@ function optionsSection(options) {
   show();
   const head = el("tr", {}, ["Option", "Value", "From", "Effect"].map((name) => el("th", { scope: "col" }, name)));
   return section("options", "Options", "each with the place its value comes from", tools,
-    el("div", { class: "card scroll", tabindex: "0" }, el("table", { class: "table" }, el("thead", {}, head), body)));
+    el("div", { class: "card scroll", tabindex: "0" }, el("table", { class: "table options" }, el("thead", {}, head), body)));
 }
 
 function draw(content) {
