@@ -156,11 +156,11 @@ def test_too_many_samples_become_smaller_and_then_fewer(tmp_path: Path):
     files = sample_files(tmp_path / "sample", "run", steps_per_epoch=10, total_steps=100, since=0)
     assert len(files) == 21
     assert len(Shelf().fill(files)) == 20
-    kept = Shelf(budget=30_000).fill(files)
+    kept = Shelf(budget=12_000).fill(files)
     steps = sorted({one.step for one in kept})
     assert (steps[0], steps[-1]) == (10, 100)
     assert len(kept) < 20
-    assert sum(len(made.src) for made in kept.values()) <= 30_000
+    assert sum(len(made.src) for made in kept.values()) <= 12_000
 
 
 def test_a_report_is_written_while_the_run_goes_on_and_at_its_end(tmp_path: Path):
