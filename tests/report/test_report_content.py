@@ -249,3 +249,15 @@ def test_the_log_of_a_run_without_a_step_makes_a_report(tmp_path: Path):
     shown = content(tmp_path, [Line(START, started(total=5))])
     assert shown["run"]["step"] == 0
     assert shown["charts"] == []
+
+
+def test_a_resumed_run_goes_on_in_its_report(tmp_path: Path):
+    path = tmp_path / "run.report.html"
+    known = Known(name="run", folder=tmp_path, output_name="run")
+    report = LiveReport(path, lambda: known, every=50, earlier=log(4, why="stopped"))
+    report.write(started(4, total=8, resumed=True))
+    report.write(stepped(5, total=8))
+    report.close()
+    shown = content_of(path)
+    assert shown["charts"][0]["series"][0]["x"] == [1, 2, 3, 4, 5]
+    assert (shown["run"]["status"], shown["run"]["started_at"]) == ("running", START)
