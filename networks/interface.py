@@ -331,7 +331,7 @@ def merge_base_weights(
     for file, strength in zip(config.base_weights, strengths, strict=False):
         if not Path(file).is_file():
             raise NetworkPluginError(f"base_weights {file} does not exist")
-        plugin = load_plugin(_module_of(config, Path(file)))
+        plugin = load_plugin(module_of(config, Path(file)))
         module = network_from_file(
             plugin, Path(file), strength=strength, text_encoders=list(text_encoders), transformer=transformer,
             ae=ae, arguments={"for_inference": True},
@@ -346,7 +346,7 @@ def merge_base_weights(
         logger.info("merged %s at strength %g", file, strength)
 
 
-def _module_of(config: NetworkConfig, file: Path) -> str | None:
+def module_of(config: NetworkConfig, file: Path) -> str | None:
     """The module that a file of base_weights is read with: the run's own, or LyCORIS for what only it knows."""
     if config.network_module == FLUX_MODULE and not weights.is_plain_lora(weights.read(file)):
         return "lycoris.kohya"

@@ -15,7 +15,7 @@ LAYERS = {
     "library.models": 2, "networks": 2, "library.files": 2,
     "library.data": 3, "library.flow": 3, "library.optim": 3,
     "library.adapters": 4, "library.cache": 4, "library.distributed": 4,
-    "library.train": 5, "library.preflight": 5,
+    "library.train": 5, "library.preflight": 5, "library.report": 5,
     "flux_train_network": 6, "tools": 6,
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from library.data.buckets import Size
 from library.data.dataset import TrainingData, flipped, framing_of, read_batch
 from library.data.images import Framing
-from library.data.plan import MicroBatch, Plan
+from library.data.plan import MicroBatch, Plan, Sample
 from library.data.records import ImageRecord
 
 
@@ -52,6 +52,14 @@ def first_epoch(data: TrainingData, plan: Plan) -> Iterator[BucketView]:
             for sample in unit.samples
         ]
         yield BucketView(dataset, bucket, len(visits), (_view(data, visit) for visit in visits))
+
+
+def example(data: TrainingData, record: int) -> SampleView:
+    """The first visit of the image at that position in the records. UserError when it cannot be read any more."""
+    place = data.placements[record]
+    dataset = data.records[record].dataset
+    pixels = replace(data, latents=None, text=None)
+    return _view(pixels, MicroBatch(0, 0, dataset, place.bucket, (Sample(record, 0),), (1.0,)))
 
 
 def _view(data: TrainingData, micro: MicroBatch) -> SampleView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,3 +147,14 @@ class Forecast:
     files: tuple[FileFacts, ...]
     disks: tuple[DiskFacts, ...]
     schedule: ScheduleFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What was told before a run, kept for its report."""
+
+    options: tuple[
+        Mapping[str, object], ...
+    ]  # every option with value, source, state and effect; secrets masked
+    forecast: Forecast
+    notices: tuple[str, ...]

@@ -24,6 +24,7 @@ from library.models.text_encoders import ClipL, T5Encoder
 from library.optim import factory, schedules
 from library.optim.factory import BuiltOptimizer
 from library.optim.schedules import Schedule
+from library.preflight.facts import Told
 from library.startup import StartClock
 from library.train.checkpoint import SavedRun
 from library.train.ema import Ema
@@ -55,6 +56,7 @@ class Job:
     prompts: tuple[SamplePrompt, ...]
     conditions: Mapping[str, TextCond]  # of the sample prompts, by text
     clock: StartClock = field(default_factory=StartClock)  # what it took to get here
+    told: Told | None = None  # on the main rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""The run log of a job: opened before anything is built, told how the run ended."""
+"""What a job records: its log and its report, opened before anything is built, told how the run ended."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -13,22 +14,28 @@ from library.errors import Interrupted
 from library.log import ROOT
 from library.train.build import Job
 from library.train.metrics import public_options
-from library.train.run_log import Ended, Record, RunLog, Started, Warned, Write, log_path
+from library.train.run_log import Ended, Line, Record, RunLog, Started, Warned, Write, log_path, read_log
+
+
+class Taker(Protocol):
+    """Something that takes what is recorded. Neither method raises."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @contextmanager
-def recorded(job: Job) -> Iterator[Write]:
-    """What writes into the run log of `job`; into nothing on other ranks and without a log.
+def recorded(job: Job, report: Callable[[Job, Sequence[Line]], Taker]) -> Iterator[Write]:
+    """What writes into the run log and the report of `job`; into nothing on other ranks.
 
-    On leaving by an error its end is written. The end of a run that is done is for the caller to write.
+    `report` begins a report that goes on behind the lines of the run so far. On leaving by an error its end is
+    written. The end of a run that is done is for the caller to write.
     """
-    config = job.config
-    if not job.backend.world.is_main or config.logging.no_run_log:
+    if not job.backend.world.is_main:
         yield lambda record: None
         return
-    assert config.saving.output_dir is not None, "checked by the config rules"
-    path = log_path(config.saving.output_dir, config.saving.output_name)
-    log = RunLog(path, after_step=job.state.step if job.saved is not None else None)
+    log = _Takers(job, report)
     step, started = job.state.step, _started(job)
     del job  # it holds the state that is resumed, which need not stay in memory
 
@@ -49,6 +56,31 @@ def recorded(job: Job) -> Iterator[Write]:
     finally:
         logging.getLogger(ROOT).removeHandler(warnings)
         log.close()
+
+
+class _Takers:
+    """The run log and the report, where they are wanted."""
+
+    def __init__(self, job: Job, report: Callable[[Job, Sequence[Line]], Taker]) -> None:
+        config, earlier = job.config, list[Line]()
+        assert config.saving.output_dir is not None, "checked by the config rules"
+        path = log_path(config.saving.output_dir, config.saving.output_name)
+        self._takers: list[Taker] = []
+        if not config.logging.no_run_log:
+            self._takers.append(RunLog(path, after_step=job.state.step if job.saved is not None else None))
+            earlier = read_log(path) if path.is_file() else []
+        if config.logging.report_every_n_steps:
+            self._takers.append(report(job, earlier))
+
+    def write(self, record: Record) -> None:
+        """Hand one record to all."""
+        for taker in self._takers:
+            taker.write(record)
+
+    def close(self) -> None:
+        """Finish the log and the report."""
+        for taker in self._takers:
+            taker.close()
 
 
 class _Warnings(logging.Handler):

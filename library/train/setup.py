@@ -19,7 +19,7 @@ from library.config.loaded import LoadedConfig
 from library.config.notices import refuse
 from library.config.prompts import SamplePrompt
 from library.config.sections.validation import ValidationConfig
-from library.config.show import output_config
+from library.config.show import output_config, resolved_table
 from library.config.train_config import TrainConfig
 from library.data.dataset import load_batches
 from library.data.records import Batch
@@ -34,11 +34,13 @@ from library.log import quiet, setup_logging
 from library.models.tokenizers import FluxTokenizers
 from library.preflight import ranks
 from library.preflight.caches import caches
+from library.preflight.facts import Told
 from library.preflight.forecast import forecast
 from library.preflight.lints import advice
 from library.preflight.report import Report, write_report
 from library.preflight.start import say_start
 from library.preflight.tables import print_report
+from library.report.start import live_report
 from library.startup import StartClock
 from library.train import graphs
 from library.train.best import has_stalled
@@ -199,6 +201,7 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: Sta
     state = first_state(config, data.plan, saved, seed=seed, backend=backend)
     loader = ModelLoader(config, files)
     prompts, doubtful = with_trigger(written.prompts, data, loader.any_tokenizers)
+    told: Told | None = None
     if backend.world.is_main:
         with quiet(logging.WARNING):  # all of it is said when the network is built to be trained
             expected = forecast(
@@ -212,6 +215,8 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: Sta
         if checked is not None:
             logger.info(ranks.line(checked, expected.disks))
             say(ranks.shortages(checked, config, files, data))
+        options = tuple(row._asdict() for row in resolved_table(loaded))
+        told = Told(options=options, forecast=expected, notices=(*loaded.notices, *notices))
         open_repository(config.saving)
     clock.mark("data")
     phase = CachingPhase(config=config, loader=loader, backend=backend, console=console)
@@ -220,7 +225,7 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: Sta
     clock.mark("caches")
     return Job(
         config=config, backend=backend, console=console, loader=loader, data=data, saved=saved, state=state,
-        prompts=prompts, conditions=conditions, clock=clock,
+        prompts=prompts, conditions=conditions, clock=clock, told=told,
     )  # fmt: skip
 
 
@@ -238,7 +243,7 @@ def with_trigger(
 def train(job: Job) -> Trained:
     """Build what is trained, train it to the end, write the final file. Returns what was trained."""
     config, backend = job.config, job.backend
-    with recorded(job) as record:
+    with recorded(job, live_report) as record:
         trained = build_trained(job)
         adapter = build_adapter(job, trained)
         module = wrap(job, trained)

@@ -23,6 +23,6 @@ def test_the_quickstart_learns(tmp_path: Path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     stems = ["quickstart", *(f"quickstart-{epoch:06d}" for epoch in range(1, 10))]
     files = {f"{stem}.{kind}" for stem in stems for kind in ("safetensors", "workflow.json")}
-    assert names == {"quickstart.md", "quickstart-log.jsonl", "sample", *files}
+    assert names == {"quickstart.md", "quickstart-log.jsonl", "quickstart.report.html", "sample", *files}
     assert "wrote" in said
     assert "open quickstart.workflow.json" in said

@@ -50,7 +50,7 @@ def test_a_run_writes_what_kohya_writes(tmp_path: Path, pictures: Path, prompts:
     printed = run(config).stderr
     names = sorted(path.name for path in output.iterdir())
     # Six pictures, one held back: five, twice each, in batches of two within a bucket.
-    ours = ["out-000002.workflow.json", "out-log.jsonl", "out.md", "out.workflow.json"]
+    ours = ["out-000002.workflow.json", "out-log.jsonl", "out.md", "out.report.html", "out.workflow.json"]
     kohyas = ["out-000002-state", "out-000002.safetensors", "out-state", "out.safetensors", "sample"]
     assert names == sorted(kohyas + ours)
     samples = sorted(path.name for path in (output / "sample").iterdir())

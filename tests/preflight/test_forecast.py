@@ -49,7 +49,7 @@ def test_a_run_does_what_its_dry_run_said(tmp_path: Path, capsys: pytest.Capture
         for file in before["files"]
         if file["removed_at"] is None and file["kind"] != "samples"
     }
-    besides = ("sample", "out-log.jsonl")
+    besides = ("sample", "out-log.jsonl", "out.report.html")
     there = {path.name: size_of(path) for path in output.iterdir() if path.name not in besides}
     assert set(kept) == set(there)
     for name, size in there.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.config.options import option
+from library.config.options import Limit, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,4 +40,11 @@ class LoggingConfig:
     console_log_simple: bool = option(False, "plain messages without colour")
     no_run_log: bool = option(
         False, "write no <output_name>-log.jsonl, which has the numbers and events of the run", ours=True
+    )
+    report_every_n_steps: int = option(
+        50,
+        "write <output_name>.report.html, a page on the run, again every n steps, and when something is saved, "
+        "drawn or validated; 0 writes none",
+        limit=Limit(ge=0, unit="steps"),
+        ours=True,
     )

@@ -1,0 +1,175 @@
+"""What a run log tells beside its curves: where the run stands, where its time went, what it wrote and warned of."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+from library.config.notices import code_of
+from library.files.hashes import file_sha256
+from library.train.run_log import (
+    Ended,
+    Line,
+    Outliers,
+    Record,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+    Validated,
+    Warned,
+)
+
+Json = dict[str, object]
+R = TypeVar("R", bound=Record)
+RECENT = 50  # steps that speed is averaged over
+LONGEST_PAUSE = 6 * 3600  # seconds; a longer gap in a log is a clock that was set
+_STATUS = {"done": "finished", "early stop": "finished", "stopped": "stopped", "error": "failed"}
+_MARKS = {"model": "network", "ema": "EMA", "best": "best", "state": "state"}
+_START, _BETWEEN = "loading and starting", "between steps"
+_SPENT_ON: Mapping[type[Record], str] = {
+    Validated: "validation", Sampled: "sample images", Saved: "saving",
+}  # fmt: skip
+_PARTS = ("training", *_SPENT_ON.values(), _BETWEEN, _START)
+
+
+def of_kind(lines: Sequence[Line], kind: type[R]) -> list[R]:
+    """The records of one kind, oldest first."""
+    return [line.record for line in lines if isinstance(line.record, kind)]
+
+
+def standing(lines: Sequence[Line], *, secrets: Sequence[str] = ()) -> Json:
+    """Where the run is: status, position, speed and best validation loss; what ended it, without its secrets."""
+    starts, steps = of_kind(lines, Started), of_kind(lines, Stepped)
+    ended = lines[-1].record if lines and isinstance(lines[-1].record, Ended) else None
+    recent = steps[-RECENT:]
+    seconds = sum(step.seconds for step in recent)
+    best = min(of_kind(lines, Validated), key=lambda one: one.loss, default=None)
+    start = starts[-1] if starts else None
+    return {
+        "status": _STATUS.get(ended.why, "stopped") if ended else "running",
+        "message": _masked(ended.message, secrets) if ended else "",
+        "step": steps[-1].step if steps else start.step if start else 0,
+        "total_steps": start.total_steps if start else 0,
+        "epoch": steps[-1].epoch if steps else 1,
+        "num_epochs": start.num_epochs if start else 0,
+        "device": start.device if start else "",
+        "num_ranks": start.num_ranks if start else 1,
+        "started_at": lines[0].time if lines else None,
+        "updated_at": lines[-1].time if lines else None,
+        "seconds": sum(part for _, part in _parts(lines)),
+        "seconds_per_step": seconds / len(recent) if recent else None,
+        "images_per_second": _mean([step.images_per_second for step in recent]),
+        "average_loss": steps[-1].average_loss if steps else None,
+        "first_average": _after_first_epoch(steps),
+        "best": {"step": best.step, "loss": best.loss} if best else None,
+        "peak_memory": max((step.memory_gb or 0.0 for step in steps), default=0.0) * 1e9 or None,
+    }
+
+
+def time_split(lines: Sequence[Line]) -> list[Json]:
+    """Seconds by what they were spent on, largest first."""
+    total: dict[str, float] = defaultdict(float)
+    for name, seconds in _parts(lines):
+        total[name] += seconds
+    rows: list[Json] = [
+        {"name": name, "value": round(total[name], 2), "colour": number}
+        for number, name in enumerate(_PARTS)
+        if total[name] >= 0.01
+    ]
+    return sorted(rows, key=lambda row: -float(str(row["value"])))
+
+
+def _parts(lines: Sequence[Line]) -> list[tuple[str, float]]:
+    """The time before each line by what it went to. What no process was there for counts nowhere."""
+    found: list[tuple[str, float]] = []
+    for before, line in pairwise(lines):
+        gap, record = max(0.0, line.time - before.time), line.record
+        if isinstance(record, Started) or gap > LONGEST_PAUSE:
+            continue
+        if isinstance(record, Stepped):
+            training = min(gap, record.seconds)
+            found.append(("training", training))
+            gap -= training
+        starts = isinstance(before.record, Started)
+        found.append((_START if starts else _SPENT_ON.get(type(record), _BETWEEN), gap))
+    return found
+
+
+def notices(lines: Sequence[Line], at_start: Sequence[str], *, secrets: Sequence[str] = ()) -> list[Json]:
+    """What was said before the run and warned of during it, each sentence once, without its secrets."""
+    said: list[tuple[int | None, str, str]] = [(None, "WARNING", text) for text in at_start]
+    said += [(warned.step, warned.level, warned.message) for warned in of_kind(lines, Warned)]
+    rows: dict[str, Json] = {}
+    for step, level, text in said:
+        code = code_of(text)
+        shown = _masked(text.removeprefix(f"[{code}] ") if code else text, secrets)
+        rows.setdefault(shown, {"step": step, "level": level, "code": code, "text": shown})
+    return list(rows.values())
+
+
+def last_outliers(lines: Sequence[Line]) -> Outliers | None:
+    """The pictures that stood out when that was last looked at."""
+    found = of_kind(lines, Outliers)
+    return found[-1] if found else None
+
+
+class Checkpoints:
+    """The table of what was saved; a file's hash is worked out once."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[tuple[str, int, int], str] = {}
+
+    def table(self, lines: Sequence[Line], folder: Path) -> list[Json]:
+        """One row for each file or state folder, by step; the step of the lowest validation loss is marked."""
+        losses = {one.step: one.loss for one in of_kind(lines, Validated)}
+        lowest = min(losses, key=lambda step: losses[step], default=None)
+        saved = {one.file: one for one in of_kind(lines, Saved)}
+        ordered = sorted(saved.values(), key=lambda one: one.step)
+        return [self._row(one, folder / one.file, losses, lowest) for one in ordered]
+
+    def _row(self, saved: Saved, path: Path, losses: Mapping[int, float], lowest: int | None) -> Json:
+        marks = [_MARKS.get(saved.what, saved.what)]
+        if saved.step == lowest and saved.what not in ("state", "best"):
+            marks.append("best step")
+        return {
+            "file": saved.file, "step": saved.step, "marks": marks, "validation": losses.get(saved.step),
+            "exists": path.exists(), "bytes": _size(path), "sha256": self._hash(path),
+        }  # fmt: skip
+
+    def _hash(self, path: Path) -> str | None:
+        try:
+            found = path.stat()
+            key = (str(path), found.st_size, found.st_mtime_ns)
+            if path.is_file() and key not in self._hashes:
+                self._hashes[key] = file_sha256(path)
+        except OSError:
+            return None
+        return self._hashes.get(key)
+
+
+def _size(path: Path) -> int:
+    try:
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _after_first_epoch(steps: Sequence[Stepped]) -> float | None:
+    first = [step.average_loss for step in steps if step.epoch == 1]
+    return first[-1] if first and steps[-1].epoch > 1 else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _masked(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
