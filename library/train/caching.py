@@ -6,13 +6,11 @@ no encoding loads no encoder.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -37,6 +35,7 @@ from library.config.train_config import TrainConfig
 from library.data.dataset import TrainingData
 from library.data.records import TextCond
 from library.distributed.base import Backend
+from library.models.memory import free_memory
 from library.train.loading import ModelLoader
 from library.train.prepare import Data
 from library.train.prompt_cache import PromptCache
@@ -177,13 +176,6 @@ def encode_prompts(encoders: FluxTextEncoders, prompts: Sequence[str]) -> dict[s
         text = encoders.encode([prompt])
         conditions[prompt] = TextCond(text.clip_pooled.cpu(), text.t5_hidden.cpu(), text.t5_mask.cpu())
     return conditions
-
-
-def free_memory() -> None:
-    """Give back what an encoder that just went out of use held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _reading(data: Data, change: Callable[[TrainingData], TrainingData]) -> Data:

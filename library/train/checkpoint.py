@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from library.errors import CheckpointError
-from library.files.atomic import current_umask, fsync, stands_for, temporary_folder
+from library.files.atomic import clear_abandoned, current_umask, fsync, stands_for, temporary_folder
 from library.files.hashes import file_sha256
-from library.train.naming import is_stem
+from library.train.naming import WORKFLOW_SUFFIX, is_stem
 from library.train.state import STATE_VERSION, TrainState
 
 logger = logging.getLogger(__name__)
@@ -89,9 +89,13 @@ def clear_leftovers(output_dir: Path, output_name: str | None) -> None:
     """Remove what runs of this output left half written or half removed when they were killed."""
     for temporary in output_dir.glob(".*.tmp"):
         name = stands_for(temporary) or ""
-        stem = name.removesuffix(STATE_SUFFIX) if name.endswith(STATE_SUFFIX) else Path(name).stem
+        ending = next(
+            (one for one in (STATE_SUFFIX, WORKFLOW_SUFFIX) if name.endswith(one)), Path(name).suffix
+        )
+        stem = name.removesuffix(ending)
         if is_stem(stem, output_name):
             shutil.rmtree(temporary, ignore_errors=True)
+    clear_abandoned(output_dir, ".safetensors")  # averages and the best, which could be another run's
     for aside in output_dir.glob(f"*{STATE_SUFFIX}{OLD_SUFFIX}"):
         successor = aside.with_name(aside.name.removesuffix(OLD_SUFFIX))
         if _is_state_of(aside.name, output_name) and successor.exists():

@@ -13,6 +13,8 @@ from pathlib import Path
 from library.config.prompts import SamplePrompt
 from library.config.sections.saving import SavingConfig
 
+WORKFLOW_SUFFIX = ".workflow.json"
+
 
 @dataclass(frozen=True, slots=True)
 class SavePoint:
@@ -56,7 +58,7 @@ def model_path(config: SavingConfig, stem: str) -> Path:
 
 def workflow_path(network_file: Path) -> Path:
     """Where the ComfyUI workflow of a network file goes: beside it."""
-    return network_file.with_name(f"{network_file.stem}.workflow.json")
+    return network_file.with_name(f"{network_file.stem}{WORKFLOW_SUFFIX}")
 
 
 def card_path(config: SavingConfig) -> Path:

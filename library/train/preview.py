@@ -25,7 +25,7 @@ from library.files.atomic import replacing
 from library.files.comfyui import Scene
 from library.files.picture_text import png_text
 from library.files.refusals import refusals_named
-from library.train.caching import free_memory
+from library.models.memory import free_memory
 from library.train.naming import picture_name
 from library.train.state import TrainState
 from library.train.trainer import StepReport

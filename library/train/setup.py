@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,29 +17,24 @@ from torch import nn
 from library.adapters.base import ModelAdapter
 from library.config.loaded import LoadedConfig
 from library.config.notices import refuse
-from library.config.prompts import SamplePrompt
 from library.config.sections.validation import ValidationConfig
 from library.config.show import output_config, resolved_table
 from library.config.train_config import TrainConfig
 from library.data.dataset import load_batches
 from library.data.records import Batch
 from library.distributed.base import Backend
-from library.distributed.launch import connect, expected_world_size, launched_rank
+from library.distributed.launch import connect, launched_rank
 from library.distributed.precision import DTYPES
 from library.errors import Interrupted, TrainingDiverged, UserError
 from library.files import comfyui
 from library.files.atomic import write_text
 from library.flow.objective import Objective
 from library.log import quiet, setup_logging
-from library.models.tokenizers import FluxTokenizers
 from library.preflight import ranks
-from library.preflight.caches import caches
 from library.preflight.facts import Told
 from library.preflight.forecast import forecast
 from library.preflight.lints import advice
-from library.preflight.report import Report, write_report
 from library.preflight.start import say_start
-from library.preflight.tables import print_report
 from library.report.start import live_report
 from library.startup import StartClock
 from library.train import graphs
@@ -50,7 +45,6 @@ from library.train.build import (
     build_adapter,
     build_ema,
     build_trained,
-    check_parts,
     check_schedule,
     loss_by_image,
     sample_losses,
@@ -58,7 +52,6 @@ from library.train.build import (
     wanted_prompts,
 )
 from library.train.caching import CachingPhase, prompt_texts
-from library.train.contact_sheets import FOLDER, show_dataset
 from library.train.describe import show_result
 from library.train.ema import Ema
 from library.train.exhausted import explained, ran_out
@@ -67,20 +60,14 @@ from library.train.graphs import StepGraphs
 from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
 from library.train.prepare import (
-    Data,
-    ModelFiles,
-    check_swap,
-    locate_models,
-    no_garbage_collection,
     read_data,
-    start_step,
 )
 from library.train.recording import recorded
+from library.train.rehearsal import check_early, debug_dataset, dry_run, say, with_trigger
 from library.train.resume import (
     Rememberer,
     capture,
     choose_seed,
-    continued_state,
     first_state,
     restore,
     resumed_run,
@@ -90,10 +77,8 @@ from library.train.saving import About, Saver, Weights
 from library.train.scenes import scenes
 from library.train.signals import StopRequest
 from library.train.state import TrainState
-from library.train.trackers import check as check_trackers
 from library.train.trainer import Limits, Listener, Trainer
-from library.train.trigger import doubts, fill_prompts, trigger_words
-from library.train.upload import Uploader, check_hub, hub_folder, open_repository
+from library.train.upload import Uploader, hub_folder, open_repository
 from library.train.validate import why_enough
 
 logger = logging.getLogger(__name__)
@@ -122,69 +107,6 @@ def run(loaded: LoadedConfig, clock: StartClock) -> None:
         return
     with connected(config) as backend, explained(config):
         train(prepare(loaded, backend, console, clock))
-
-
-def dry_run(loaded: LoadedConfig) -> None:
-    """Check config and data and tell what the run would do; no model is loaded."""
-    if launched_rank() != 0:
-        return
-    with no_garbage_collection():
-        _dry_run(loaded)
-
-
-def _dry_run(loaded: LoadedConfig) -> None:
-    config = loaded.config
-    files, said = check_early(config)
-    written = wanted_prompts(config)
-    notices = [*loaded.notices, *said, *written.notices]
-    loader = ModelLoader(config, files)
-    saved = resumed_run(config)
-    given, world_size = config.training.seed, expected_world_size(config.distributed)
-    seed = given if given is not None else saved.state.seed if saved else 0
-    data = read_data(config, seed=seed, world_size=world_size)
-    notices += check_schedule(config, data.plan.total_steps)
-    start = (
-        continued_state(config, data.plan, saved, seed=seed).step if saved else start_step(config, data.plan)
-    )
-    prompts, doubtful = with_trigger(written.prompts, data, loader.local_tokenizers)
-    found = caches(config, loader, data)
-    with quiet(logging.INFO):
-        expected = forecast(
-            config, files, data, prompts=prompts, caches=found, world_size=world_size, first_step=start
-        )  # fmt: skip
-    of_caches = (notice for cache in found for notice in cache.notices)
-    notices += [*data.notices, *doubtful, *of_caches, *advice(loaded, files, data, expected)]
-    report = Report(loaded, expected, tuple(notices))
-    if config.run.dry_run_json is not None:
-        write_report(report, config.run.dry_run_json)
-    if config.run.dry_run_json != "-":
-        print_report(report)
-    if config.run.strict_config:
-        refuse(notices)
-
-
-def check_early(config: TrainConfig) -> tuple[ModelFiles, tuple[str, ...]]:
-    """Find the model files, and whatever is wrong with parts that need neither data nor a model to be looked at.
-
-    Returns also what there is to say, which a run says as it builds the parts.
-    """
-    files = locate_models(config.model)
-    check_swap(config.memory, files)
-    graphs.check(config)
-    check_trackers(config.logging)
-    check_hub(config.saving)
-    return files, check_parts(config)
-
-
-def debug_dataset(config: TrainConfig) -> None:
-    """Show what the first epoch trains on; no model is loaded."""
-    data = read_data(
-        config, seed=config.training.seed or 0, world_size=expected_world_size(config.distributed)
-    )
-    say(data.notices)
-    if launched_rank() == 0:
-        assert config.saving.output_dir is not None, "checked by the config rules"
-        show_dataset(data, config.caching, config.saving.output_dir / FOLDER, Console())
 
 
 def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: StartClock | None = None) -> Job:
@@ -227,17 +149,6 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: Sta
         config=config, backend=backend, console=console, loader=loader, data=data, saved=saved, state=state,
         prompts=prompts, conditions=conditions, clock=clock, told=told,
     )  # fmt: skip
-
-
-def with_trigger(
-    prompts: tuple[SamplePrompt, ...], data: Data, tokenizers: Callable[[], FluxTokenizers | None]
-) -> tuple[tuple[SamplePrompt, ...], tuple[str, ...]]:
-    """The prompts with the trigger word in its place, and what is doubtful about it."""
-    words = trigger_words(data.datasets)
-    filled, notices = fill_prompts(prompts, words)
-    if words and (found := tokenizers()) is not None:
-        notices = (*notices, *doubts(words, found))
-    return filled, notices
 
 
 def train(job: Job) -> Trained:
@@ -424,9 +335,3 @@ def connected(config: TrainConfig) -> Iterator[Backend]:
         backend.close(failure=None if together else f"{type(error).__name__}: {error}")
         raise
     backend.close()
-
-
-def say(notices: Iterable[str]) -> None:
-    """Show sentences about a config or dataset that can be used all the same."""
-    for notice in notices:
-        logger.warning(notice)

@@ -19,8 +19,9 @@ from library.data.records import TextCond
 from library.log import quiet
 from library.models.autoencoder import AutoEncoder
 from library.models.flux import Flux
+from library.models.memory import free_memory
 from library.models.params import FluxParams
-from library.train.caching import encode_prompts, free_memory, prompt_texts
+from library.train.caching import encode_prompts, prompt_texts
 from library.train.loading import ModelLoader
 from library.train.prepare import locate_models
 from networks.interface import NetworkHandle

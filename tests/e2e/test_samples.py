@@ -181,7 +181,7 @@ def test_pictures_and_files_carry_their_workflow_and_a_card_goes_with_them(
     names = {path.name for path in output.iterdir()}
     assert names == {
         "out-step00000004.safetensors", "out-step00000004.workflow.json", "out.safetensors", "out.workflow.json",
-        "out.md", "out-state", "sample",
+        "out.md", "out-state", "sample", "out-log.jsonl", "out.report.html",
     }  # fmt: skip
 
     def lora(pattern: str) -> list[tuple[str, float]]:
@@ -252,6 +252,8 @@ def test_a_card_of_ones_own_stays_and_both_can_be_left_out(
         pictures,
         "--no_workflow",
         "--no_card",
+        "--no_run_log",
+        report_every_n_steps=0,
         max_train_steps=1,
         save_state_on_train_end=False,
     )

@@ -23,7 +23,7 @@ from library.optim import factory, schedules
 from library.train.checkpoint import load_run, newest_run, what_is_wrong
 from library.train.naming import step_save
 from library.train.resume import Resumable, capture
-from library.train.saving import Saver
+from library.train.saving import About, Saver, Weights
 from library.train.state import TrainState
 from networks.interface import NetworkHandle, create
 from tests.networks.tiny_models import TinyFlux
@@ -56,8 +56,9 @@ class Run:
     def save_from(self, step: int) -> Iterator[int]:
         """Begin a process's part of the run, and yield each step that is saved."""
         saver = Saver(
-            config=self.config, network=self.network, metadata=lambda state, epoch: {"ss_steps": str(state.step)},
-            capture=lambda now: capture(now, self.parts), backend=self.backend, optimizer=self.optimizer,
+            config=self.config, capture=lambda now: capture(now, self.parts), backend=self.backend,
+            weights=Weights(self.network, self.optimizer.evaluating, None, judged_by_ema=False),
+            about=About(lambda state, epoch: {"ss_steps": str(state.step)}, lambda path: {"of": path.name}),
         )  # fmt: skip
         while True:
             step += 1

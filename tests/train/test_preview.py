@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from PIL import Image
 
 from library.config.options import UNSET
 from library.config.prompts import SamplePrompt
-from library.config.sections.optimizer import OptimizerConfig
 from library.config.sections.sampling import SamplingConfig
 from library.config.sections.saving import SavingConfig
 from library.config.train_config import OPTIONS, TrainConfig
@@ -18,12 +18,10 @@ from library.data.plan import Plan, PlannedImage, PlanSettings
 from library.distributed.base import World
 from library.distributed.single import SingleBackend
 from library.files.comfyui import ModelNames, Scene
-from library.optim import factory
 from library.preflight.writes import sample_times
 from library.train.preview import PreviewListener
 from library.train.state import TrainState
 from library.train.trainer import StepReport
-from networks.interface import ParameterGroup
 
 PLAN = Plan(
     tuple(PlannedImage(f"k{n}", 0, (64, 64), 1) for n in range(4)),
@@ -54,10 +52,6 @@ def listener(folder: Path, painter: Grey, *, together: bool = False, **sampling:
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     backend = SingleBackend(world, dtype=torch.float32)
     backend.in_lockstep = together
-    weights = torch.nn.Parameter(torch.zeros(1))
-    optimizer = factory.build(
-        OptimizerConfig(optimizer_type="SGD"), [ParameterGroup("unet", (weights,), 1.0)]
-    )
     names = ModelNames(transformer="f", clip_l="c", t5="t", autoencoder="a", embeds_guidance=True)
     return PreviewListener(
         painter=painter,
@@ -65,7 +59,7 @@ def listener(folder: Path, painter: Grey, *, together: bool = False, **sampling:
         config=TrainConfig(
             sampling=SamplingConfig(**sampling), saving=SavingConfig(output_dir=folder, output_name="o")
         ),
-        optimizer=optimizer,
+        evaluating=nullcontext,
         backend=backend,
         scene=lambda prompt, step: Scene(
             models=names, adapter=None, prompt=prompt, seed=step, keeps_seed=True, prefix="o", note=""
