@@ -31,8 +31,8 @@ from torch import Tensor
 from library.config.train_config import TrainConfig
 from library.data.records import Batch
 from library.log import setup_logging
+from library.models.memory import free_memory
 from library.models.params import FluxParams
-from library.train.caching import free_memory
 from library.train.setup import batches, connected
 from library.train.trainer import Trainer
 from networks.interface import NetworkHandle

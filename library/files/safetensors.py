@@ -50,6 +50,10 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
+# What save_precision names; None: as it is
+SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
+    None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 

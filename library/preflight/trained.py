@@ -14,6 +14,7 @@ from torch import nn
 
 from library.config.train_config import TrainConfig
 from library.errors import UserError
+from library.files.safetensors import SAVE_DTYPES
 from library.models.block_swap import check_travellers
 from library.models.flux import Flux
 from library.models.params import ClipParams, FluxParams, T5Params
@@ -22,7 +23,6 @@ from library.models.text_encoders import ClipL, T5Encoder
 from library.optim import factory
 from library.preflight.facts import GroupFacts, TrainedFacts
 from library.train.prepare import ModelFiles, trains_text
-from library.train.saving import SAVE_DTYPES
 from networks import lycoris_fit
 from networks.interface import NetworkHandle, ParameterGroup, create
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from library.config.sections.saving import SavingConfig
 from library.distributed.base import Backend
 from library.errors import WriteFailed
 from library.files.atomic import write_text
 from library.files.refusals import refusals_named
+from library.files.safetensors import SAVE_DTYPES
 from library.train.checkpoint import (
     STATE_SUFFIX,
     SavedRun,
@@ -46,10 +45,6 @@ from networks.interface import NetworkHandle
 from networks.readback import read_back
 
 logger = logging.getLogger(__name__)
-
-SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
-    None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
