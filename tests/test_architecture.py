@@ -89,7 +89,8 @@ def test_no_cycles_and_short_chains():
         assert module not in path, f"cycle: {' -> '.join((*path, module))}"
         return 1 + max((depth(other, (*path, module)) for other in imports(module)), default=0)
 
-    deepest = max((depth(module), module) for module in FILES)
+    # A tool may build on another; what users run is counted.
+    deepest = max((depth(module), module) for module in FILES if not module.startswith("tools."))
     assert deepest[0] <= 14, deepest
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from torch import Tensor
 
 from library.data.buckets import Size
-from library.data.dataset import TrainingData, flipped, framing_of, read_batch
+from library.data.dataset import TrainingData, flipped, framing_of, read_batch, undropped_caption
 from library.data.images import Framing
 from library.data.plan import MicroBatch, Plan, Sample
 from library.data.records import ImageRecord
@@ -74,3 +74,8 @@ def _view(data: TrainingData, micro: MicroBatch) -> SampleView:
         image=batch.images[0],
         mask=batch.mask[0] if batch.mask is not None else None,
     )
+
+
+def first_caption(data: TrainingData, record: ImageRecord) -> str:
+    """What an image's first visit would have for a caption after token warm-up, were it not dropped."""
+    return undropped_caption(data, record, visit=0, step=data.max_train_steps)

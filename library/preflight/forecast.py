@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from library.config.prompts import SamplePrompt
 from library.config.train_config import TrainConfig
 from library.data.buckets import Size
-from library.data.dataset import TrainingData, undropped_caption
+from library.data.inspection import first_caption
 from library.data.records import ImageRecord
 from library.preflight.facts import (
     VISIBLE_ENLARGEMENT,
@@ -48,11 +48,6 @@ def forecast(
         disks=disks(config.saving.output_dir, written, caches),
         schedule=_schedule(config, data, prompts, first_step),
     )
-
-
-def first_caption(data: TrainingData, record: ImageRecord) -> str:
-    """What an image's first visit would have for a caption after token warm-up, were it not dropped."""
-    return undropped_caption(data, record, visit=0, step=data.max_train_steps)
 
 
 def _folders(data: Data) -> tuple[FolderFacts, ...]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from library.config.loaded import LoadedConfig
 from library.config.notices import Notices
 from library.config.rule_context import Context
+from library.data.inspection import first_caption
 from library.preflight.caption_lints import CAPTION_LINTS
 from library.preflight.evidence import Evidence
 from library.preflight.facts import Forecast
-from library.preflight.forecast import first_caption
 from library.preflight.model_lints import MODEL_LINTS
 from library.preflight.picture_lints import PICTURE_LINTS
 from library.preflight.run_lints import RUN_LINTS

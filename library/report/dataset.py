@@ -9,10 +9,9 @@ from dataclasses import asdict
 
 from library.data.buckets import Size
 from library.data.dataset import TrainingData
-from library.data.inspection import example
+from library.data.inspection import example, first_caption
 from library.errors import UserError
 from library.preflight.facts import BucketFacts, Forecast
-from library.preflight.forecast import first_caption
 from library.preflight.rows import plan_rows, schedule_rows
 from library.report.pictures import Thumb, thumb
 from library.train.contact_sheets import as_picture
