@@ -36,12 +36,13 @@ _FEW_GROUPS = 8
 def install(module: Any) -> None:
     """Let a LyCORIS module compute so where it can, before it is applied; its class and parameters stay.
 
-    It cannot with dropouts or DoRA, on layers that are no plain Linear, and with ranks for which the whole difference is
-    as cheap.
+    It cannot with dropouts or DoRA, nor on layers that are no plain Linear; and the library's way stays for ranks with
+    which the whole difference is as cheap.
     """
     layer, kind = module.org_module[0], type(module).__name__
-    chance = module.dropout or module.rank_dropout or module.module_dropout
-    if type(layer) is not nn.Linear or module.wd or chance or kind not in ("LohaModule", "LokrModule"):
+    if kind not in ("LohaModule", "LokrModule") or type(layer) is not nn.Linear or module.wd:
+        return
+    if module.dropout or module.rank_dropout or module.module_dropout:
         return
     if kind == "LohaModule" and 2 * module.lora_dim**2 * sum(module.shape) > layer.weight.numel():
         return
@@ -122,10 +123,7 @@ def _in_groups(module: Any, x: Tensor, strength: Tensor) -> Tensor:  # [..., in]
         rows, columns = w2.shape
         before = out_groups * columns * (in_groups + rows)  # multiplications for a token
         after = in_groups * rows * (columns + out_groups)
-        if before <= after:
-            mixed = F.linear(_mix(w1, groups), w2)
-        else:
-            mixed = _mix(w1, F.linear(groups, w2))
+        mixed = F.linear(_mix(w1, groups), w2) if before <= after else _mix(w1, F.linear(groups, w2))
     return mixed.reshape(*x.shape[:-1], -1)
 
 

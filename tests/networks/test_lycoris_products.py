@@ -59,7 +59,7 @@ def results(module: nn.Module, call, x: Tensor) -> list[Tensor]:
     """The output, and gradients of the input and of all that is trained."""
     x = x.clone().requires_grad_()
     out = call(x)
-    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     inputs = [x, *module.parameters()]
     return [out, *torch.autograd.grad((out.to(weights.dtype) * weights).sum(), inputs)]
 
@@ -104,8 +104,7 @@ def test_a_low_rank_goes_along_with_the_layers_own_product(case: str) -> None:
     linear.forward = forward
     adapted(case, linear).apply_to()
     linear(tokens(3))
-    ((_, _, expected),) = (CASES[case],)
-    assert (given[0] is not None) == (expected == "low rank")
+    assert (given[0] is not None) == (CASES[case][2] == "low rank")
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -161,25 +160,31 @@ def test_a_convolution_stays_the_librarys() -> None:
 
 @pytest.mark.parametrize("joins", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_in_16_bits_it_is_no_farther_from_exact_than_the_library(case: str, joins: bool) -> None:
-    """Beside the layer, and rebuilding its weight as the library does by default."""
+def test_in_16_bits_it_is_nearer_to_exact_than_the_library(case: str, joins: bool) -> None:
+    """Nearer than its product beside the layer, and far nearer than its default, which adds to 16-bit weights."""
+    exact_layer = layer(dtype=torch.float64)
+    exact_module = adapted(case, exact_layer, size=0.02).double()
+    exact_module.apply_to()
     linear = layer(joins=joins, dtype=torch.bfloat16)
-    module = adapted(case, linear, size=0.1)
+    module = adapted(case, linear, size=0.02)
     module.apply_to()
-    x = tokens(64)
-    delta = module.get_weight(module.shape).double() * module.scalar.double() * module.multiplier
-    base = linear.weight.double() @ x.bfloat16().double().T
-    with torch.no_grad():
-        exact = (x.bfloat16().double() @ (linear.weight.double() + delta).T) + linear.bias.double()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            mine = error(linear(x), exact)
-            theirs = error(type(module).forward(module, x), exact)
-            module.bypass_mode = False
-            rebuilt = error(type(module).forward(module, x.bfloat16()), exact)
-    print(f"{case:18} {joins=} {mine:.3e} {theirs:.3e} {rebuilt:.3e}")
-    assert base.isfinite().all()
-    assert mine <= 1.02 * min(theirs, rebuilt)
+    for silent in (exact_layer, linear):  # what remains is what is added
+        silent.weight.data.zero_()
+        silent.bias.data.zero_()
+    x = tokens(64).bfloat16()
+    exact = results(exact_module, lambda x: type(exact_module).forward(exact_module, x), x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mine = results(module, linear, x)
+        theirs = results(module, lambda x: type(module).forward(module, x), x)
+        module.bypass_mode, linear.weight.data = False, layer(dtype=torch.bfloat16).weight
+        module.org_forward = lambda x: x.new_zeros(*x.shape[:-1], OUT)
+        rebuilt = results(module, lambda x: type(module).forward(module, x), x)
+    for i in (0, 1):  # the output, and the gradient of the input
+        assert error(mine[i], exact[i]) <= error(theirs[i], exact[i])
+        assert error(mine[i], exact[i]) < 0.05 * error(rebuilt[i], exact[i])
+    for own, found in zip(mine, exact, strict=True):
+        assert found.numel() == 1 or error(own, found) < 0.007
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((found.detach().double() - exact.detach()).norm() / exact.norm())
