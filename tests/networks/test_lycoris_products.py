@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from lycoris.modules.loha import LohaModule
@@ -55,7 +57,7 @@ def adapted(
     return module
 
 
-def results(module: nn.Module, call, x: Tensor) -> list[Tensor]:
+def results(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
     """The output, and gradients of the input and of all that is trained."""
     x = x.clone().requires_grad_()
     out = call(x)
@@ -187,4 +189,4 @@ def test_in_16_bits_it_is_nearer_to_exact_than_the_library(case: str, joins: boo
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.detach().double() - exact.detach()).norm() / exact.norm())
+    return float(((found.double() - exact).norm() / exact.norm()).detach())
