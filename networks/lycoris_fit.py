@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from library.errors import NetworkPluginError
 from library.log import warn_once
+from networks import lycoris_products
 from networks.options import parse_bool
 
 logger = logging.getLogger(__name__)
@@ -182,13 +183,15 @@ def settle(network: Any, *, asked_bypass: bool) -> None:
     By default LyCORIS rebuilds the layer's weight and takes the difference in that weight's dtype: in bfloat16 a
     change below 1/256 of a weight is rounded away, 8-bit weights cannot be added to at all, and the difference, as
     large as the weight, is kept for the backward pass. So it adds its product to the layer's output where it can,
-    unless network_args chose (`asked_bypass`). Where it has to rebuild (DoRA, its rank_dropout, other algorithms),
-    8-bit weights are refused and 16-bit ones warned of.
+    with as little arithmetic as it takes (`networks.lycoris_products`), unless network_args chose (`asked_bypass`).
+    Where it has to rebuild (DoRA, its rank_dropout, other algorithms), 8-bit weights are refused and 16-bit ones
+    warned of.
     """
     for module in (*network.text_encoder_loras, *network.unet_loras):
         decomposed, kind = getattr(module, "wd", False), type(module).__name__
         if kind in _BESIDE and not asked_bypass and not decomposed and not module.rank_dropout:
             module.bypass_mode = True
+            lycoris_products.install(module)
         if decomposed and module.bypass_mode:
             raise NetworkPluginError(
                 "network_args: bypass_mode=True leaves dora_wd without effect; drop one of them"

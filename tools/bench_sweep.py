@@ -47,6 +47,7 @@ CASES: Mapping[str, str] = {
     "compiled, recomputed": f"{COMPILED} --gradient_checkpointing",
     "compiled, recomputed cheaply": f"{COMPILED} --gradient_checkpointing --recompute cheap",
     "lokr, compiled": f"{COMPILED} {LOKR}",
+    "lokr full, compiled": f"{COMPILED} {LOKR} full_matrix=True",
     "loha, compiled": f"{COMPILED} {LOHA}",
     "fp8, batch 4": f"{COMPILED} --base_compute fp8 --train_batch_size 4 --gradient_checkpointing "
     "--recompute cheap --steps 4",

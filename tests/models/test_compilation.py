@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ LOKR = NetworkConfig(
 LOHA = NetworkConfig(
     network_module="lycoris.kohya", network_dim=2, network_args=("algo=loha",), network_train_unet_only=True
 )
+LOKR_FULL = replace(LOKR, network_args=(*LOKR.network_args, "full_matrix=True"))
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +97,11 @@ def alike(one, other, tolerance=1e-5):
         ({"scaled": "int8"}, "eager", True),
         ({"config": LOKR}, "eager", False),
         ({"config": LOHA}, "eager", False),
+        ({"config": LOKR, "joins": True}, "aot_eager", True),
+        ({"config": LOHA, "joins": True}, "aot_eager", False),
+        ({"config": LOKR_FULL, "joins": True}, "aot_eager", True),
     ],
-    ids=["lora", "joined", "fp8", "int8", "lokr", "loha"],
+    ids=["lora", "joined", "fp8", "int8", "lokr", "loha", "lokr joined", "loha joined", "lokr full"],
 )
 def test_one_compilation_a_class_and_the_same_gradients(options, backend, checkpointing):
     expected = gradients(*trained(**options))
