@@ -63,18 +63,24 @@ def _area(pixels: Pixels, resized: Size) -> Pixels:
 def _average(values: NDArray[Any], count: int) -> NDArray[np.float32]:
     """[N, M] -> [count, M]: means over `count` equal stretches of the first axis, fractional ends included.
 
-    Rows are added one after the other, without BLAS, so the result is the same in every process.
+    The rows of a stretch are added one after the other, without BLAS, so the result is the same in every process. All
+    stretches add theirs at once: few large operations, in which other threads go on.
     """
     length, columns = values.shape
     scale = length / count
-    result = np.empty((count, columns), dtype=np.float32)
-    for number in range(count):
-        low, high = number * scale, (number + 1) * scale
-        first, last = int(low), min(int(np.ceil(high - _EDGE)), length)
-        block = values[first:last].astype(np.float32)
-        block[0] *= min(high, first + 1) - low
-        if last - first > 1:
-            block[-1] *= min(high, last) - (last - 1)
-        np.add.reduce(block, axis=0, out=result[number])
+    low = np.arange(count) * scale
+    high = (np.arange(count) + 1) * scale
+    first = low.astype(np.int64)
+    last = np.minimum(np.ceil(high - _EDGE).astype(np.int64), length)
+    result = np.zeros((count, columns), dtype=np.float32)
+    for number in range(int((last - first).max())):
+        row = first + number
+        # How much of the row the stretch covers; nothing of it where the stretch has fewer rows.
+        covered = np.where(row < last - 1, 1.0, high - row)
+        covered = np.where(row == first, np.minimum(high, first + 1) - low, covered)
+        covered = np.where(row < last, covered, 0.0).astype(np.float32)
+        taken = values[np.minimum(row, length - 1)].astype(np.float32)
+        taken *= covered[:, None]
+        result += taken
     result *= 1.0 / scale
     return result
