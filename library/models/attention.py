@@ -74,9 +74,10 @@ class TrialDisturbed(Exception):
     """What ended a trial says nothing about a kernel."""
 
 
-def begin(*, device: torch.device, dtype: torch.dtype, compiled: bool) -> Future[Verdict] | None:
+def begin(wanted: str, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> Future[Verdict] | None:
     """Find the verdict for this machine in the background, for `settle`; None where there is nothing to choose."""
-    if device.type != "cuda":
+    # In float32 torch has one kernel beside the formula, and no trial to wait for would change what it takes.
+    if device.type != "cuda" or (wanted == "auto" and dtype == torch.float32):
         return None
     pool = ThreadPoolExecutor(1, thread_name_prefix="attention")
     coming = pool.submit(kept_verdict, device, dtype, compiled=compiled)

@@ -66,7 +66,8 @@ class Speed:
     @cached_property
     def _attention(self) -> Future[attention.Verdict] | None:
         return attention.begin(
-            device=self.device, dtype=DTYPES[self.config.training.mixed_precision],
+            self.config.memory.attention, device=self.device,
+            dtype=DTYPES[self.config.training.mixed_precision],
             compiled=self.config.memory.compile_blocks != "off",
         )  # fmt: skip
 

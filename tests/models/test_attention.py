@@ -78,7 +78,10 @@ def test_a_disturbed_trial_judges_no_kernel_and_is_not_kept(monkeypatch, tmp_pat
     command = (sys.executable, "-c", program)
     monkeypatch.setattr(attention, "trial", partial(trial, command=command))
     device = torch.device("cuda")
-    assert settle("auto", begin(device=device, dtype=torch.float32, compiled=False), device=device) == "auto"
+    assert (
+        settle("auto", begin("auto", device=device, dtype=torch.bfloat16, compiled=False), device=device)
+        == "auto"
+    )
     assert reason in caplog.text
     assert list(tmp_path.iterdir()) == []
 
@@ -108,7 +111,18 @@ def test_the_fastest_right_kernel_wins():
 
 
 def test_without_a_gpu_there_is_nothing_to_try():
-    assert settle("auto", begin(device=CPU, dtype=torch.float32, compiled=False), device=CPU) == "math"
+    assert (
+        settle("auto", begin("auto", device=CPU, dtype=torch.bfloat16, compiled=False), device=CPU) == "math"
+    )
+
+
+def test_a_run_in_float32_waits_for_no_trial_unless_it_asks_for_a_kernel(monkeypatch):
+    tried = []
+    monkeypatch.setattr(attention, "kept_verdict", lambda *arguments, **options: tried.append(arguments))
+    for wanted in ("auto", "flash"):
+        coming = begin(wanted, device=torch.device("cuda"), dtype=torch.float32, compiled=True)
+        assert (coming is None) == (wanted == "auto")
+    assert len(tried) == 1
 
 
 def test_a_verdict_is_kept(monkeypatch, tmp_path):
