@@ -1,7 +1,7 @@
 """How far products in 8 bits carry a LoRA's gradients and its loss from those in bf16, at the size of FLUX.1-dev.
 
     python -m tools.bench_numerics --json numerics.jsonl                      # gradients, fp8 and int8
-    python -m tools.bench_numerics --curve 300 --compile_blocks on --json numerics.jsonl
+    python -m tools.bench_numerics --curve 300 --kinds bf16 fp8 --compile_blocks on --json numerics.jsonl
     python -m tools.bench_numerics --size tiny --resolution 64x64     # on a CPU
 
 All kinds see the same random weights, samples, noise and timesteps. Gradients are compared by the cosine of each
@@ -40,7 +40,7 @@ from tools.bench_data import SIZES
 from tools.bench_train import assemble, parse
 
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "bf16": ("--base_compute", "bf16", "--join_adapter", "on"),  # first: what the others are held against
+    "bf16": ("--base_compute", "bf16", "--join_adapter", "on"),
     "control": ("--base_compute", "bf16", "--join_adapter", "off"),
     "fp8": ("--base_compute", "fp8", "--join_adapter", "on"),
     "int8": ("--base_compute", "int8", "--join_adapter", "on"),
@@ -202,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="dev", help="size of the transformer")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS)[1:], default=["control", "fp8", "int8"])
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="the others are held against the first"
+    )
     parser.add_argument("--resolution", default="1024x1024", metavar="WxH", help="of the samples")
     parser.add_argument("--samples", type=int, default=4, help="different ones")
     parser.add_argument(
@@ -214,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, rest = parser.parse_known_args(given)
     setup_logging(is_main=True, console=Console(stderr=True), simple=True)
     size = (int(own.resolution.partition("x")[0]), int(own.resolution.partition("x")[2]))
-    configs = {kind: parse([*rest, *KINDS[kind]])[1] for kind in ("bf16", *own.kinds)}
+    configs = {kind: parse([*rest, *KINDS[kind]])[1] for kind in own.kinds}
     params = SIZES[own.size]
     made = (
         curves(configs, params, size, samples=own.samples, steps=own.curve)

@@ -12,8 +12,7 @@ the MLP.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -24,6 +23,7 @@ from torch import library as operators
 from torch.nn import functional as F
 
 from library.models.gelu import CUBIC, LINEAR, gelu, slope
+from library.models.kernels import trusted
 from library.models.rope import Rotation, rotate
 
 EPSILON = 1e-6  # of every normalisation in the transformer
@@ -113,15 +113,34 @@ class _JoinStreams(torch.autograd.Function):
 
 
 @cache
-def _kernels() -> Any:
-    """The kernels, or None where there is no compiler of them."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("library.models.heads_kernel")
+def _kernels(device: torch.device) -> Any:
+    """The kernels, or None where they cannot be trusted."""
+
+    def check(kernels: Any) -> list[tuple[Tensor, Tensor]]:
+        heads, width, tokens, mlp = 3, 32, 5, 40
+        shape = (2, tokens, 3 * heads * width + mlp)
+        count = math.prod(shape)
+        inner = torch.linspace(-2, 3, count, device=device).sin().view(shape).to(torch.bfloat16)
+        rising = torch.linspace(0.5, 2, width, device=device).to(inner.dtype)
+        scales = (rising, rising.flip(0))
+        angles = torch.linspace(0, 6, 2 * tokens * width // 2, device=device).view(2, 1, tokens, -1)
+        rotation = Rotation(angles.cos(), angles.sin())
+        q, k = (_room(inner, tokens, heads, scales[0]) for _ in range(2))
+        kernels.forward(inner, *scales, *rotation, q, k, None, heads=heads, first=0, epsilon=EPSILON)
+        plain = _plain_heads(inner, *scales, rotation, heads)
+        grads, grad_mlp = tuple(one.flip(2) for one in plain), inner[..., -mlp:].flip(1)
+        back = kernels.backward(
+            grads, grad_mlp, inner, *scales, *rotation,
+            heads=heads, first=0, epsilon=EPSILON, gelu=(LINEAR, CUBIC),
+        )  # fmt: skip
+        wanted = _plain_grad(grads, grad_mlp, inner, scales, rotation, heads=heads, first=0)
+        return [(q.transpose(1, 2), plain[0]), (k.transpose(1, 2), plain[1]), (back, wanted)]
+
+    return trusted("library.models.heads_kernel", check)
 
 
 def _plain(x: Tensor) -> bool:
-    return not x.is_cuda or _kernels() is None
+    return not x.is_cuda or _kernels(x.device) is None
 
 
 def _plain_heads(
@@ -152,7 +171,9 @@ def _split_heads(
         q, k, _ = _plain_heads(inner, q_scale, k_scale, Rotation(cos, sin), heads)
         return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
     q, k = (_room(inner, inner.shape[1], heads, q_scale) for _ in range(2))
-    _kernels().forward(inner, q_scale, k_scale, cos, sin, q, k, None, heads=heads, first=0, epsilon=EPSILON)
+    _kernels(inner.device).forward(
+        inner, q_scale, k_scale, cos, sin, q, k, None, heads=heads, first=0, epsilon=EPSILON
+    )
     return q, k
 
 
@@ -195,7 +216,9 @@ def _join_heads(  # noqa: PLR0913 (what one operator takes)
         return q, k, v
     q, k, v = (_room(text, length, heads, text_q) for _ in range(3))
     for x, q_scale, k_scale, first in streams:
-        _kernels().forward(x, q_scale, k_scale, cos, sin, q, k, v, heads=heads, first=first, epsilon=EPSILON)
+        _kernels(x.device).forward(
+            x, q_scale, k_scale, cos, sin, q, k, v, heads=heads, first=first, epsilon=EPSILON
+        )
     return q, k, v
 
 
@@ -233,11 +256,25 @@ def _grad(
 ) -> Tensor:
     """The gradient of one stream's rows, which are tokens `first` and on of what attention saw."""
     if not _plain(inner):
-        made: Tensor = _kernels().backward(
+        made: Tensor = _kernels(inner.device).backward(
             grads, grad_mlp, inner, *scales, *rotation,
             heads=heads, first=first, epsilon=EPSILON, gelu=(LINEAR, CUBIC),
         )  # fmt: skip
         return made
+    return _plain_grad(grads, grad_mlp, inner, scales, rotation, heads=heads, first=first)
+
+
+def _plain_grad(
+    grads: tuple[Tensor, ...],
+    grad_mlp: Tensor | None,
+    inner: Tensor,
+    scales: tuple[Tensor, ...],
+    rotation: Rotation,
+    *,
+    heads: int,
+    first: int,
+) -> Tensor:
+    """The same by the formulas."""
     count, width = inner.shape[1], scales[0].numel()
     turn = _part(rotation, first, count)
     parts = inner[..., : 3 * heads * width].chunk(3, dim=-1)

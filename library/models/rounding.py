@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import library as operators
+
+from library.models.kernels import trusted
 
 FP8 = torch.float8_e4m3fn
 LARGEST = {FP8: 448.0, torch.int8: 127.0}
@@ -40,15 +40,24 @@ def to_8_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _kernel() -> Any:
-    """The kernel, or None where there is no compiler of it."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("library.models.rounding_kernel")
+def _kernel(device: torch.device) -> Any:
+    """The kernel, or None where it cannot be trusted."""
+
+    def check(kernel: Any) -> list[tuple[Tensor, Tensor]]:
+        x = torch.linspace(-3, 5, 4 * (LONG_ROW + 16), device=device).view(4, -1).to(torch.bfloat16)
+        by_column = torch.linspace(0.5, 2, x.shape[1], device=device)[None]
+        pairs = []
+        for weights in (None, by_column):
+            made = kernel.round_rows(x, weights, SMALLEST_SCALE)
+            wanted = _by_formula(x, FP8, weights)
+            pairs.append((made[0].float() * made[1], wanted[0].float() * wanted[1]))
+        return pairs
+
+    return trusted("library.models.rounding_kernel", check)
 
 
 def _round_rows(x: Tensor, by_column: Tensor | None) -> tuple[Tensor, Tensor]:
-    kernel = _kernel()
+    kernel = _kernel(x.device)
     if kernel is None:
         return _by_formula(x, FP8, by_column)
     rounded: tuple[Tensor, Tensor] = kernel.round_rows(x, by_column, SMALLEST_SCALE)
