@@ -40,7 +40,7 @@ from library.optim.state import ExportedState, export_state, import_groups, impo
 
 # Trained parameters up to this size stay whole on every rank at stage 3: a LoRA of rank 256 on FLUX's widest layer.
 LARGEST_KEPT_WHOLE = 4_000_000
-LARGEST_BLOCK, SINGLE_BLOCK = 350_000_000, 150_000_000  # parameters of FLUX's blocks, rounded up
+LARGEST_BLOCK = 350_000_000  # parameters of FLUX's double block, rounded up
 ALL_IN_ONE = 10**15  # elements: no parameter group is cut into several
 
 
@@ -226,7 +226,7 @@ def engine_config(config: DistributedConfig, *, trained: Sequence[nn.Parameter])
         # The block that computes and the next one on its way; nothing waits for a later use.
         "stage3_max_live_parameters": 2 * LARGEST_BLOCK,
         "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": SINGLE_BLOCK,
+        "stage3_prefetch_bucket_size": LARGEST_BLOCK,
         **given.pop("zero_optimization", {}),
         "stage": config.zero_stage,
     }
