@@ -223,8 +223,8 @@ def engine_config(config: DistributedConfig, *, trained: Sequence[nn.Parameter])
         # Its buffer is allocated whole, and by default for models, not adapters.
         "reduce_bucket_size": max(max(sizes), sum(sizes) // 4),
         "stage3_param_persistence_threshold": min(max(sizes), LARGEST_KEPT_WHOLE),
-        # The block that computes and the next one on its way; nothing waits for a later use.
-        "stage3_max_live_parameters": 2 * LARGEST_BLOCK,
+        # A double block, or a single one and the next one on its way; nothing waits for a later use.
+        "stage3_max_live_parameters": LARGEST_BLOCK,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": LARGEST_BLOCK,
         **given.pop("zero_optimization", {}),
