@@ -117,7 +117,7 @@ def _files(facts: Forecast) -> Group:
         if number == SHOWN_FILES - 3 and len(facts.files) > SHOWN_FILES:
             table.add_row(f"... {len(facts.files) - SHOWN_FILES} more", "", "", style="dim")
         name = file.path.name if file.kind != "samples" else f"{file.path.parent.name}/{file.path.name}"
-        size = ("< " if file.kind == "samples" else "") + size_text(file.bytes)
+        size = ("< " if file.kind in ("samples", "report") else "") + size_text(file.bytes)
         replaced = " (replaces one)" if file.exists else ""
         table.add_row(Text(name), size, moment_text(file) + replaced)
     folder = (
