@@ -174,6 +174,7 @@ def train(job: Job) -> Trained:
                 trained.optimizer.evaluating,
                 ema,
                 judged_by_ema=config.averaging.ema_for_samples,
+                keeps_best=config.validation.keep_best,
             ),
             about=About(
                 metadata=MetadataWriter(job, trained),
