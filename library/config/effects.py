@@ -76,6 +76,11 @@ def _sample_steps(config: TrainConfig) -> str:
     return f"draws the prompts every {config.sampling.sample_every_n_steps} steps"
 
 
+def _report(config: TrainConfig) -> str:
+    every = config.logging.report_every_n_steps
+    return f"writes the page on the run every {every} steps" if every else "no page on the run is written"
+
+
 def _schedule(config: TrainConfig) -> str:
     if config.schedule.lr_scheduler_type:
         return "not used: lr_scheduler_type decides"
@@ -193,6 +198,7 @@ PHRASES: Mapping[str, Phrase] = {
     "ddp_timeout": "a rank that is silent for {} minutes ends the run",
     "output_dir": "what the run makes is written here",
     "output_name": "names of files begin with {}",
+    "ema_decay": "files named -ema hold an average that keeps {} of itself at each step",
     "save_precision": "files hold {} numbers",
     "save_model_as": "files end in .{}",
     "save_every_n_epochs": "writes the network every {} epochs",
@@ -219,6 +225,8 @@ PHRASES: Mapping[str, Phrase] = {
     "validate_every_n_steps": "takes the validation loss every {} steps",
     "validate_every_n_epochs": "takes the validation loss every {} epochs",
     "max_validation_steps": "validates on {} batches at most",
+    "early_stop_patience": "ends after {} validations without a new lowest loss",
+    "report_every_n_steps": _report,
     "config_file": "options are read from here",
     "dry_run_json": "this report is written here as JSON",
     "ignore_advice": "these pieces of advice are not given",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
@@ -40,6 +40,10 @@ class CardFacts:
     strength: float  # to begin with
     settings: Mapping[str, str]
     pictures: Sequence[ShownPicture]
+    drawn_with: str  # which weights the pictures show
+    others: Mapping[str, str] = field(
+        default_factory=dict
+    )  # other adapter files of the run, and what is in them
     description: str | None = None
     usage: str | None = None
     author: str | None = None
@@ -59,7 +63,7 @@ def card(facts: CardFacts) -> str:
         MARK,
         f"# {escaped(facts.title)}",
         *_about(facts),
-        *_pictures(facts.pictures),
+        *_pictures(facts.pictures, facts.drawn_with),
         "## In ComfyUI",
         _in_comfyui(facts),
         "## In diffusers",
@@ -107,13 +111,16 @@ def _about(facts: CardFacts) -> list[str]:
         parts.append(f"Trigger: {words}. Write it into the prompt.")
     if facts.usage:
         parts.append(escaped(facts.usage))
+    if facts.others:
+        listed = "; ".join(f"`{file}` holds {what}" for file, what in facts.others.items())
+        parts.append(f"Used the same way: {listed}.")
     return parts
 
 
-def _pictures(pictures: Sequence[ShownPicture]) -> list[str]:
+def _pictures(pictures: Sequence[ShownPicture], drawn_with: str) -> list[str]:
     if not pictures:
         return []
-    parts = ["## Pictures", "Drawn while training, with the weights of that moment."]
+    parts = ["## Pictures", f"Drawn while training, with {drawn_with} of that moment."]
     for number, picture in enumerate(pictures, start=1):
         prompt = picture.prompt
         settings = (

@@ -118,10 +118,11 @@ class FileFacts:
     """One file, or one batch of sample images, that the run will write."""
 
     path: Path
-    kind: str  # "network", "state", "samples", "workflow" beside a network file, "card" (as written last)
+    # "network", "state", "samples", "workflow" beside a network file; "card", "log" and "report" as written last
+    kind: str
     step: int  # optimizer steps done when it is written; 0 is before the first
     epoch: int | None  # the epoch at whose end it is written
-    bytes: int  # of samples the most they can take
+    bytes: int  # of samples and the report the most they can take
     removed_at: int | None = None  # step at which a newer one retires it
     exists: bool = False  # something of that name is there now
 

@@ -21,7 +21,7 @@ from library.preflight.words import moment_text, size_text
 
 UNWRAPPED = 10_000  # columns of a file: tables take what they need
 SHOWN_BUCKETS = 60  # rows, the largest; the JSON report has all
-SHOWN_FILES = 12  # rows; the JSON report has all
+SHOWN_FILES, LAST_FILES = 20, 10  # rows, of which so many are the run's last; the JSON report has all
 
 
 def print_report(report: Report) -> None:
@@ -112,12 +112,12 @@ def _files(facts: Forecast) -> Group:
     table = _table("file", "#size", "written after")
     shown: Sequence[FileFacts] = facts.files
     if len(shown) > SHOWN_FILES:
-        shown = (*facts.files[: SHOWN_FILES - 3], *facts.files[-3:])
+        shown = (*facts.files[: SHOWN_FILES - LAST_FILES], *facts.files[-LAST_FILES:])
     for number, file in enumerate(shown):
-        if number == SHOWN_FILES - 3 and len(facts.files) > SHOWN_FILES:
+        if number == SHOWN_FILES - LAST_FILES and len(facts.files) > SHOWN_FILES:
             table.add_row(f"... {len(facts.files) - SHOWN_FILES} more", "", "", style="dim")
         name = file.path.name if file.kind != "samples" else f"{file.path.parent.name}/{file.path.name}"
-        size = ("< " if file.kind == "samples" else "") + size_text(file.bytes)
+        size = ("< " if file.kind in ("samples", "report") else "") + size_text(file.bytes)
         replaced = " (replaces one)" if file.exists else ""
         table.add_row(Text(name), size, moment_text(file) + replaced)
     folder = (

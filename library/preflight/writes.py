@@ -14,6 +14,8 @@ from library.config.sections.sampling import SamplingConfig
 from library.config.train_config import TrainConfig
 from library.data.plan import Plan
 from library.preflight.facts import CacheFacts, DiskFacts, FileFacts, TrainedFacts
+from library.report.paths import report_path
+from library.report.pictures import BUDGET
 from library.train.checkpoint import STATE_SUFFIX
 from library.train.naming import (
     SavePoint,
@@ -28,8 +30,10 @@ from library.train.naming import (
     step_save,
     workflow_path,
 )
+from library.train.run_log import log_path
 
-WORKFLOW_BYTES, CARD_BYTES = 9_000, 4_000  # about
+WORKFLOW_BYTES, CARD_BYTES, LOG_LINE_BYTES = 9_000, 4_000, 300  # about
+PAGE_BYTES, THUMB_BYTES = 3_000_000, 80_000  # of a report and of each sample in it, at most
 
 
 def files_to_write(
@@ -42,9 +46,9 @@ def files_to_write(
 ) -> tuple[FileFacts, ...]:
     """Everything that goes to output_dir after `first_step`, in the order it is written."""
     files = _saved(config, plan, trained, first_step)
-    if prompts:
-        times = sample_times(config.sampling, plan, first_step)
-        files += [_samples(config, prompts, step, epoch) for step, epoch in times]
+    times = list(sample_times(config.sampling, plan, first_step)) if prompts else []
+    files += [_samples(config, prompts, step, epoch) for step, epoch in times]
+    files += _told(config, plan, first_step, pictures=len(times) * len(prompts))
     return tuple(sorted(files, key=lambda file: file.step))
 
 
@@ -102,7 +106,7 @@ def disks(
 
 
 def _saved(config: TrainConfig, plan: Plan, trained: TrainedFacts, first_step: int) -> list[FileFacts]:
-    """Network files with their workflows, states, and the card, with the step at which each is retired."""
+    """Network files with their workflows, and states, with the step at which each is retired."""
     saving, files = config.saving, dict[Path, FileFacts]()
     sizes = {"network": trained.network_bytes, "state": trained.state_bytes, "workflow": WORKFLOW_BYTES}
     kinds = ["network"] if saving.no_workflow else ["network", "workflow"]
@@ -131,14 +135,26 @@ def _saved(config: TrainConfig, plan: Plan, trained: TrainedFacts, first_step: i
     for kind in kinds if config.validation.keep_best else ():  # at the latest then
         write(kind, best_stem(saving.output_name), total, epochs)
     write_network(last, total, epochs)
-    return [*files.values(), *_card(config, plan)]
+    return list(files.values())
 
 
-def _card(config: TrainConfig, plan: Plan) -> list[FileFacts]:
-    if config.saving.no_card:
-        return []
-    path, step, epoch = card_path(config.saving), plan.total_steps, plan.num_epochs
-    return [FileFacts(path=path, kind="card", step=step, epoch=epoch, bytes=CARD_BYTES, exists=path.exists())]
+def _told(config: TrainConfig, plan: Plan, first_step: int, *, pictures: int) -> list[FileFacts]:
+    """What tells of the run: card, log and report, as they are at its end."""
+    saving, logging, total = config.saving, config.logging, plan.total_steps
+    assert saving.output_dir is not None
+    sizes = dict[str, tuple[Path, int]]()
+    if not saving.no_card:
+        sizes["card"] = card_path(saving), CARD_BYTES
+    if not logging.no_run_log:
+        path = log_path(saving.output_dir, saving.output_name)
+        sizes["log"] = path, LOG_LINE_BYTES * (total - first_step + pictures)
+    if logging.report_every_n_steps:
+        path = report_path(saving.output_dir, saving.output_name)
+        sizes["report"] = path, PAGE_BYTES + min(BUDGET, THUMB_BYTES * pictures)
+    return [
+        FileFacts(path=path, kind=kind, step=total, epoch=plan.num_epochs, bytes=size, exists=path.exists())
+        for kind, (path, size) in sizes.items()
+    ]
 
 
 def _path(config: TrainConfig, kind: str, stem: str) -> Path:

@@ -116,6 +116,7 @@ def details(prompt: SamplePrompt) -> str:
         f"{prompt.sample_steps} steps",
         f"guidance {prompt.guidance_scale:g}",
         *([f"scale {prompt.scale:g}"] if prompt.scale != 1 else []),
+        *([f"strength {prompt.strength:g}"] if prompt.strength != 1 else []),
         *([f"seed {prompt.seed}"] if prompt.seed is not None else []),
         *([f"not: {prompt.negative_prompt}"] if prompt.negative_prompt and prompt.scale != 1 else []),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -47,7 +48,7 @@ def standing(lines: Sequence[Line], *, secrets: Sequence[str] = ()) -> Json:
     ended = lines[-1].record if lines and isinstance(lines[-1].record, Ended) else None
     recent = steps[-RECENT:]
     seconds = sum(step.seconds for step in recent)
-    best = min(of_kind(lines, Validated), key=lambda one: one.loss, default=None)
+    best = lowest_validation(of_kind(lines, Validated))
     start = starts[-1] if starts else None
     return {
         "status": _STATUS.get(ended.why, "stopped") if ended else "running",
@@ -68,6 +69,12 @@ def standing(lines: Sequence[Line], *, secrets: Sequence[str] = ()) -> Json:
         "best": {"step": best.step, "loss": best.loss} if best else None,
         "peak_memory": max((step.memory_gb or 0.0 for step in steps), default=0.0) * 1e9 or None,
     }
+
+
+def lowest_validation(measured: Sequence[Validated]) -> Validated | None:
+    """The best, as `keep_best` sees it: what was measured before training belongs to no file."""
+    trained = [one for one in measured if one.step > 0 and is_number(one.loss)]
+    return min(trained, key=lambda one: one.loss, default=None)
 
 
 def time_split(lines: Sequence[Line]) -> list[Json]:
@@ -125,18 +132,29 @@ class Checkpoints:
 
     def table(self, lines: Sequence[Line], folder: Path) -> list[Json]:
         """One row for each file or state folder, by step; the step of the lowest validation loss is marked."""
-        losses = {one.step: one.loss for one in of_kind(lines, Validated)}
-        lowest = min(losses, key=lambda step: losses[step], default=None)
+        measured, starts = of_kind(lines, Validated), of_kind(lines, Started)
+        losses = {one.step: one.loss for one in measured if is_number(one.loss)}
+        lowest = lowest_validation(measured)
+        # Validation sees the average or the weights in training; its loss is none of the others'.
+        unseen = "model" if starts and starts[-1].options.get("ema_for_samples") else "ema"
         saved = {one.file: one for one in of_kind(lines, Saved)}
         ordered = sorted(saved.values(), key=lambda one: one.step)
-        return [self._row(one, folder / one.file, losses, lowest) for one in ordered]
+        return [
+            self._row(
+                one,
+                folder / one.file,
+                loss=None if one.what == unseen else losses.get(one.step),
+                is_lowest=lowest is not None
+                and one.step == lowest.step
+                and one.what not in (unseen, "state", "best"),
+            )
+            for one in ordered
+        ]
 
-    def _row(self, saved: Saved, path: Path, losses: Mapping[int, float], lowest: int | None) -> Json:
-        marks = [_MARKS.get(saved.what, saved.what)]
-        if saved.step == lowest and saved.what not in ("state", "best"):
-            marks.append("best step")
+    def _row(self, saved: Saved, path: Path, *, loss: float | None, is_lowest: bool) -> Json:
         return {
-            "file": saved.file, "step": saved.step, "marks": marks, "validation": losses.get(saved.step),
+            "file": saved.file, "step": saved.step, "validation": loss,
+            "marks": [_MARKS.get(saved.what, saved.what), *(["best step"] if is_lowest else [])],
             "exists": path.exists(), "bytes": _size(path), "sha256": self._hash(path),
         }  # fmt: skip
 
@@ -163,6 +181,11 @@ def _size(path: Path) -> int:
 def _after_first_epoch(steps: Sequence[Stepped]) -> float | None:
     first = [step.average_loss for step in steps if step.epoch == 1]
     return first[-1] if first and steps[-1].epoch > 1 else None
+
+
+def is_number(value: float | None) -> bool:
+    """Whether there is something to show: a log holds None for what was not finite."""
+    return value is not None and math.isfinite(value)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -65,6 +65,7 @@ def _draw(sheet: Sheet) -> Image.Image:
     for number, line in enumerate(title):
         draw.text((MARGIN, MARGIN + number * (TITLE + 6)), line, fill=INK, font=title_font)
     draw.text((MARGIN, top - GAP - LABEL - 4), sheet.details, fill=SOFT, font=font)
+    draw.text((MARGIN, top), "Strength", fill=SOFT, font=font)
     for x, lines in enumerate(heads):
         for number, line in enumerate(lines):
             left = MARGIN + ROW_LABELS + x * (width + GAP)

@@ -15,7 +15,8 @@ from library.errors import WriteFailed
 from library.files.atomic import write_text
 from library.files.model_card import DEV, MARK, SCHNELL, CardFacts, ShownPicture, card
 from library.files.refusals import refusals_named
-from library.train.naming import card_path, workflow_path
+from library.train.best import lowest
+from library.train.naming import average_stem, best_stem, card_path, model_path, workflow_path
 from library.train.saving import Saver
 from library.train.scenes import STRENGTH, example_prompt
 from library.train.state import TrainState
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Drawn = Sequence[tuple[SamplePrompt, Path]]
+AVERAGE = "the average of the weights"
 
 
 class CardListener:
@@ -108,6 +110,8 @@ def card_text(job: Job, trained: Trained, saver: Saver, state: TrainState, drawn
             example=example_prompt(job),
             strength=STRENGTH,
             settings=settings_rows(job, trained, state),
+            others=other_files(config, newest, state),
+            drawn_with=AVERAGE if config.averaging.ema_for_samples else "the weights",
             pictures=[ShownPicture(_relative(path, card_path(saving)), prompt) for prompt, path in drawn],
             description=metadata.metadata_description,
             usage=metadata.metadata_usage_hint,
@@ -116,6 +120,20 @@ def card_text(job: Job, trained: Trained, saver: Saver, state: TrainState, drawn
             tags=tuple(tag.strip() for tag in (metadata.metadata_tags or "").split(",") if tag.strip()),
         )
     )
+
+
+def other_files(config: TrainConfig, newest: Path, state: TrainState) -> Mapping[str, str]:
+    """The average that was saved with `newest` and the best so far, with what they hold."""
+    found = dict[str, str]()
+    average = model_path(config.saving, average_stem(newest.stem))
+    if config.averaging.ema_decay is not None and average.is_file():
+        found[average.name] = f"{AVERAGE} (EMA)"
+    best = model_path(config.saving, best_stem(config.saving.output_name))
+    lowest_loss = lowest(state.validation_losses)
+    if config.validation.keep_best and lowest_loss is not None and best.is_file():
+        weights = AVERAGE if config.averaging.ema_for_samples else "the weights"
+        found[best.name] = f"{weights} of step {lowest_loss[0]}, where the validation loss was lowest"
+    return found
 
 
 def base_model(config: TrainConfig, *, is_dev: bool) -> str:

@@ -95,7 +95,7 @@ def clear_leftovers(output_dir: Path, output_name: str | None) -> None:
         stem = name.removesuffix(ending)
         if is_stem(stem, output_name):
             shutil.rmtree(temporary, ignore_errors=True)
-    clear_abandoned(output_dir, ".safetensors")  # averages and the best, which could be another run's
+    clear_abandoned(output_dir, "")  # averages, the best, reports: names that could be another run's
     for aside in output_dir.glob(f"*{STATE_SUFFIX}{OLD_SUFFIX}"):
         successor = aside.with_name(aside.name.removesuffix(OLD_SUFFIX))
         if _is_state_of(aside.name, output_name) and successor.exists():

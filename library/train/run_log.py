@@ -41,9 +41,8 @@ class Started:
     device: str  # name of rank 0's device
     num_images: int  # different pictures that are trained on
     num_validation_images: int
-    options: Mapping[
-        str, object
-    ]  # given another value than their default; no secrets, none of Kohya's private ones
+    # Given another value than their default; no secrets, none of Kohya's private ones.
+    options: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +53,8 @@ class Stepped:
     epoch: int  # from 1
     loss: float  # mean over the step's samples, all ranks
     average_loss: float  # mean over the last epoch's worth of steps
-    learning_rates: Mapping[
-        str, float
-    ]  # by parameter group, and d*lr/<group> of optimizers that find their rate
+    # By parameter group, and d*lr/<group> of optimizers that find their rate.
+    learning_rates: Mapping[str, float]
     grad_norm: float | None  # before clipping; None where fp16 overflowed
     seconds: float  # since the report of the step before, or since this one began
     images_per_second: float  # over all ranks

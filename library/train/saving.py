@@ -55,6 +55,7 @@ class Weights:
     trained: Callable[[], AbstractContextManager[None]]
     ema: Ema | None
     judged_by_ema: bool  # samples and validation see the average
+    keeps_best: bool = False  # those that validation finds best are in a file of their own
 
     def judged(self) -> AbstractContextManager[None]:
         """Those that samples are drawn with and validation measures."""
@@ -246,7 +247,7 @@ class Saver:
         self.average(last_stem(self._config.output_name), state, epoch=epoch, final=True)
         self.written.sort(key=lambda written: written == path)  # last of all, for it is the result
         best = model_path(self._config, self._best_stem)
-        if best in self.written:
+        if self.weights.keeps_best and best.is_file():  # of this process, or of the run before it was resumed
             self._upload(best, now=True)
         if self._config.save_state or self._config.save_state_on_train_end:
             self.state(last_stem(self._config.output_name), state)

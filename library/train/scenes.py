@@ -12,7 +12,7 @@ from library.config.prompts import SamplePrompt
 from library.config.sections.saving import SavingConfig
 from library.files.comfyui import Adapter, ModelNames, Scene
 from library.models.identify import model_files
-from library.train.naming import last_stem, model_path, saved_at
+from library.train.naming import average_stem, last_stem, model_path, saved_at
 from library.train.prepare import ModelFiles
 from library.train.trigger import trigger_words
 
@@ -38,6 +38,7 @@ class Scenes:
     steps_per_epoch: int
     num_epochs: int
     total_steps: int
+    averaged: bool  # pictures are drawn with the average of weights
     run_seed: int
     changes_text: bool
     start: str | None  # the adapter file that training began with
@@ -74,12 +75,13 @@ class Scenes:
             total_steps=self.total_steps,
         )  # fmt: skip
         if stem is not None:
-            return model_path(self.saving, stem).name, f"Drawn at step {step}."
-        last = model_path(self.saving, last_stem(self.saving.output_name)).name
-        note = (
-            f"Drawn at step {step}, where no file was saved; {last} is of step {self.total_steps}, the last."
-        )
-        return last, note
+            return self._file(stem), f"Drawn at step {step}."
+        last = self._file(last_stem(self.saving.output_name))
+        return last, f"Drawn at step {step}, where no file was saved; {last} is of the run's end."
+
+    def _file(self, stem: str) -> str:
+        """The file saved under `stem` that holds the weights that pictures are drawn with."""
+        return model_path(self.saving, average_stem(stem) if self.averaged else stem).name
 
 
 def scenes(job: Job, trained: Trained) -> Scenes:
@@ -92,6 +94,7 @@ def scenes(job: Job, trained: Trained) -> Scenes:
         steps_per_epoch=plan.steps_per_epoch,
         num_epochs=plan.num_epochs,
         total_steps=plan.total_steps,
+        averaged=config.averaging.ema_for_samples,
         run_seed=job.state.seed,
         changes_text=settings.train_clip_l or settings.train_t5,
         start=Path(start).name if start is not None else None,

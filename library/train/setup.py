@@ -59,9 +59,7 @@ from library.train.facts import MetadataWriter
 from library.train.graphs import StepGraphs
 from library.train.listeners import build_listeners
 from library.train.loading import ModelLoader
-from library.train.prepare import (
-    read_data,
-)
+from library.train.prepare import read_data
 from library.train.recording import recorded
 from library.train.rehearsal import check_early, debug_dataset, dry_run, say, with_trigger
 from library.train.resume import (
@@ -176,6 +174,7 @@ def train(job: Job) -> Trained:
                 trained.optimizer.evaluating,
                 ema,
                 judged_by_ema=config.averaging.ema_for_samples,
+                keeps_best=config.validation.keep_best,
             ),
             about=About(
                 metadata=MetadataWriter(job, trained),

@@ -87,6 +87,25 @@ def test_what_is_uploaded_can_be_resumed_elsewhere(
     )
 
 
+def test_the_best_of_the_run_before_it_was_resumed_is_uploaded_with_the_result(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {
+        "max_train_epochs": None, "max_train_steps": 2, "learning_rate": 1e-20, "validation_split": 0.25,
+        "validate_every_n_steps": 2, "keep_best": True, "save_state": True, "save_every_n_steps": 2,
+    }  # fmt: skip
+    with running_hub() as hub:
+        point_client_at(hub, monkeypatch, tmp_path)
+        first = write_config(tmp_path / "a.toml", pictures, tmp_path / "out", **options)
+        assert main(["--config_file", str(first)]) == 0
+        best = (tmp_path / "out" / "out-best.safetensors").read_bytes()
+        more = {**options, "max_train_steps": 3, "huggingface_repo_id": "me/best", "huggingface_token": TOKEN}
+        again = write_config(tmp_path / "b.toml", pictures, tmp_path / "out", **more)
+        assert main(["--config_file", str(again), "--resume", "auto"]) == 0
+        assert hub.files["me/best/out-best.safetensors"] == best
+        assert "me/best/out-best.workflow.json" in hub.files
+
+
 def test_a_missing_token_is_said_before_anything_is_read(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

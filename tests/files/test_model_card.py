@@ -23,7 +23,7 @@ FACTS = CardFacts(
     title="My *cat*", file="my cat.safetensors", workflow="my cat.workflow.json", repository=None, folder=None,
     base_model=DEV, embeds_guidance=True, readers="ComfyUI, Forge and diffusers", trigger_words=("ohwx", "cat: a"),
     example=PROMPT, strength=0.8, settings={"rank": "16", "network arguments": "a|b"},
-    pictures=(ShownPicture("sample/my cat (1).png", PROMPT),),
+    pictures=(ShownPicture("sample/my cat (1).png", PROMPT),), drawn_with="the weights",
 )  # fmt: skip
 
 

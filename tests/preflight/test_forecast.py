@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flux_train_network import main
+from library.config.sections.logging import LoggingConfig
 from library.config.sections.saving import SavingConfig
 from library.config.train_config import TrainConfig
 from library.data.plan import Plan, PlannedImage, PlanSettings
@@ -49,11 +50,13 @@ def test_a_run_does_what_its_dry_run_said(tmp_path: Path, capsys: pytest.Capture
         for file in before["files"]
         if file["removed_at"] is None and file["kind"] != "samples"
     }
-    besides = ("sample", "out-log.jsonl", "out.report.html")
-    there = {path.name: size_of(path) for path in output.iterdir() if path.name not in besides}
+    there = {path.name: size_of(path) for path in output.iterdir() if path.name != "sample"}
     assert set(kept) == set(there)
+    assert there["out.report.html"] < kept["out.report.html"]
     for name, size in there.items():
-        assert kept[name] == pytest.approx(size, abs=80_000), name  # headers, metadata, JSON
+        assert name == "out.report.html" or kept[name] == pytest.approx(size, abs=80_000), (
+            name
+        )  # headers, metadata, JSON
     drawn = [file for file in before["files"] if file["kind"] == "samples"]
     assert [file["step"] for file in drawn] == before["schedule"]["sample_steps"]
     for file in drawn:
@@ -95,7 +98,8 @@ def test_retention_is_forecast_with_the_peak():
         output_dir=Path("o"), output_name="n", save_every_n_epochs=1, save_last_n_epochs=2, save_state=True,
         save_last_n_epochs_state=1, no_workflow=True, no_card=True,
     )  # fmt: skip
-    files = files_to_write(TrainConfig(saving=saving), plan, trained, (), first_step=0)
+    silent = LoggingConfig(no_run_log=True, report_every_n_steps=0)
+    files = files_to_write(TrainConfig(saving=saving, logging=silent), plan, trained, (), first_step=0)
     removed = {file.path.name: file.removed_at for file in files}
     assert removed == {
         "n-000001.safetensors": 12, "n-000002.safetensors": 16, "n-000003.safetensors": None,
@@ -109,5 +113,6 @@ def test_retention_is_forecast_with_the_peak():
     beside = {file.path.name: file.removed_at for file in more if file not in files}
     assert beside == {
         "n-000001.workflow.json": 12, "n-000002.workflow.json": 16, "n-000003.workflow.json": None,
-        "n-000004.workflow.json": None, "n.workflow.json": None, "n.md": None,
+        "n-000004.workflow.json": None, "n.workflow.json": None, "n.md": None, "n-log.jsonl": None,
+        "n.report.html": None,
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import threading
 import time
@@ -22,7 +23,7 @@ from library.report.history import standing, time_split
 from library.report.live import LiveReport
 from library.report.page import content_of, render
 from library.report.pictures import Shelf, sample_files
-from library.train.run_log import Ended, Line, RunLog
+from library.train.run_log import Ended, Line, RunLog, Saved, Validated
 from tests.report.made import HOSTILE, START, content, draw_samples, log, started, stepped
 
 
@@ -123,6 +124,26 @@ def test_checkpoints_have_sizes_hashes_and_marks(tmp_path: Path):
     assert rows[10]["marks"] == ["network", "best step"]
     assert not rows[20]["exists"]
     assert rows[20]["marks"] == ["network"]
+
+
+def test_the_loss_before_training_is_no_checkpoints_and_one_that_is_no_number_is_not_shown(tmp_path: Path):
+    def measured(step: int, loss: float | None) -> Validated:
+        return Validated(step=step, loss=loss, by_timestep={}, best=False)  # type: ignore[arg-type]
+
+    lines = [Line(START, started(total=3)), *(Line(START, stepped(step, total=3)) for step in (1, 2, 3))]
+    lines += [Line(START, measured(*one)) for one in ((0, 0.1), (1, math.nan), (2, 0.7), (3, None))]
+    lines += [Line(START, Saved(step=step, what="model", file=f"{step}")) for step in (1, 2, 3)]
+    shown = content(tmp_path, lines)
+    assert shown["run"]["best"] == {"step": 2, "loss": 0.7}
+    assert [row["validation"] for row in shown["checkpoints"]] == [None, 0.7, None]
+    assert [row["marks"] for row in shown["checkpoints"]] == [
+        ["network"],
+        ["network", "best step"],
+        ["network"],
+    ]
+    assert (
+        "NaN" not in render(shown, kind="report", title="t").split('id="content">')[1].split("</script>")[0]
+    )
 
 
 def test_secrets_are_masked_in_what_was_said(tmp_path: Path):

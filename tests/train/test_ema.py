@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from library.config.load import load_config
 from library.distributed.base import World
 from library.distributed.single import SingleBackend
 from library.errors import CheckpointError, ConfigError
+from library.report.page import content_of
 from library.train.ema import Ema
 from library.train.run_log import Saved, Stepped, Validated, read_log
 from tests.e2e.running import draw_pictures, write_config
@@ -152,6 +155,23 @@ def test_every_network_is_averaged_and_resumed(tmp_path: Path, pictures: Path, k
     assert [r.step for r in log if isinstance(r, Stepped)] == list(range(1, STEPS + 1))
 
 
+def tell_which_file_is_which(folder: Path) -> None:
+    """Workflows, card and report of the runs below name the average and the best as what they are."""
+    for name, unseen in (("plain", "EMA"), ("average", "network")):
+        rows = content_of(folder / name / "out.report.html")["checkpoints"]
+        blank = {row["marks"][0] for row in rows if row["validation"] is None}
+        assert blank == {unseen}, "a loss is shown with the weights that it was measured with"
+    output = folder / "average"
+    for path in output.glob("*.safetensors"):
+        nodes = json.loads(path.with_suffix(".workflow.json").read_text(encoding="utf-8"))["nodes"]
+        (lora,) = (node for node in nodes if node["type"] == "LoraLoaderModelOnly")
+        assert lora["widgets_values"][0] == path.name
+    card = (output / "out.md").read_text(encoding="utf-8")
+    assert "`out-ema.safetensors` holds the average of the weights (EMA)" in card
+    assert "`out-best.safetensors` holds the average of the weights of step" in card
+    assert "with the average of the weights of that moment" in card
+
+
 def test_samples_and_validation_take_the_average(tmp_path: Path, pictures: Path):
     """A run that validates with the average measures, step by step, what one measures whose files it averages."""
     prompts = tmp_path / "p.txt"
@@ -162,7 +182,7 @@ def test_samples_and_validation_take_the_average(tmp_path: Path, pictures: Path)
         "save_every_n_steps": 1, "sample_prompts": str(prompts), "sample_every_n_steps": 3,
     }  # fmt: skip
     runs: dict[str, list[Validated]] = {}
-    pixels = {}
+    pixels, said = {}, {}
     changes: dict[str, dict[str, object]] = {
         "plain": {}, "average": {"ema_for_samples": True, "keep_best": True}, "cpu": {"ema_on_cpu": True},
     }  # fmt: skip
@@ -171,14 +191,19 @@ def test_samples_and_validation_take_the_average(tmp_path: Path, pictures: Path)
         assert main(["--config_file", str(config)]) == 0
         log = [line.record for line in read_log(tmp_path / name / "out-log.jsonl")]
         runs[name] = [r for r in log if isinstance(r, Validated)]
-        (picture,) = (tmp_path / name / "sample").glob("*.png")
-        pixels[name] = picture.read_bytes()
+        (path,) = (tmp_path / name / "sample").glob("*.png")
+        with Image.open(path) as picture:
+            pixels[name] = picture.tobytes()
+            said[name] = picture.text["parameters"]
     files = {name: load_file(tmp_path / name / "out-ema.safetensors") for name in runs}
     for name in ("average", "cpu"):  # neither looking nor where it is kept changes anything
         assert all(torch.equal(files["plain"][key], files[name][key]) for key in files["plain"])
     assert runs["plain"][0].loss == runs["average"][0].loss  # before training there is one set of weights
     assert runs["plain"][-1].loss != runs["average"][-1].loss
     assert pixels["plain"] == pixels["cpu"] != pixels["average"]
+    assert "<lora:out:1>" in said["plain"]
+    assert "<lora:out-ema:1>" in said["average"], "the file that a picture was drawn with is in it"
+    tell_which_file_is_which(tmp_path)
 
     # The average's file as the weights of a run that has not begun: the same loss.
     config = write_config(

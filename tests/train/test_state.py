@@ -211,8 +211,17 @@ def test_what_killed_runs_left_goes_with_the_next_run_of_the_output(tmp_path: Pa
             half_written(tmp_path / f"{name}-v2.safetensors"),
             temporary_folder(tmp_path / f"{name}-v2-state"),
         ]
+        # Names that could be another run's go when they are too old to be written at this moment.
+        old = [
+            half_written(tmp_path / f"{name}-best.workflow.json"),
+            half_written(tmp_path / f"{name}.report.html"),
+        ]
+        for path in old:
+            os.utime(path, (0, 0))
+        gone += old
+        stays.append(half_written(tmp_path / f"{name}-ema.workflow.json"))
         stays += [tmp_path / ".out.safetensors", tmp_path / ".tmp", tmp_path / "x.tmp"]
-        for path in stays[2:]:
+        for path in stays[3:]:
             path.touch()
         save_run(tmp_path / f"{name}-step00000007-state.old", a_run(7))
         stays += [tmp_path / f"{name}-000001-state", tmp_path / f"{name}-step00000007-state.old"]

@@ -14,7 +14,7 @@ function runsSection(runs) {
     el("td", { class: "n" }, `${whole(run.step)} / ${whole(run.total_steps)}`), el("td", { class: "n" }, number(run.average_loss)),
     el("td", { class: "n" }, run.best ? `${number(run.best.loss)} at ${whole(run.best.step)}` : "–"),
     el("td", { class: "n" }, number(run.seconds_per_step)), el("td", { class: "n" }, number(run.images_per_second)),
-    el("td", { class: "n" }, duration(run.seconds)), el("td", { class: "n" }, bytes(run.peak_memory)), el("td", {}, run.device ? `${run.num_ranks} × ${run.device}` : "–")));
+    el("td", { class: "n" }, duration(run.seconds)), el("td", { class: "n" }, bytes(run.peak_memory)), el("td", { class: "whole" }, run.device ? `${run.num_ranks} × ${run.device}` : "–")));
   return section("runs", "Runs", null, table([["Run"], ["State"], ["Steps", "n"], ["Mean loss", "n"], ["Best validation", "n"], ["s / step", "n"], ["Images / s", "n"], ["Time", "n"], ["Peak memory", "n"], ["On"]], rows));
 }
 

@@ -47,8 +47,8 @@ function dataSection(data) {
     data.folders.map((one) => el("tr", {}, el("td", { class: "name" }, one.name), el("td", {}, one.kind), el("td", { class: "n" }, whole(one.images)), el("td", { class: "n" }, whole(one.repeats)),
       el("td", { class: "n" }, whole(one.validation)), el("td", { class: "n" }, whole(one.captions)), el("td", { class: "n" }, whole(one.empty)), el("td", { class: "text" }, clamped(one.example))))) : null;
   const buckets = data.buckets.map((one) => {
-    const told = [plural(one.images, "image"), plural(one.samples, "sample"), plural(one.batches, "batch").replace("batchs", "batches"),
-      one.batches && one.last_batch ? `last of ${one.last_batch}` : null,
+    const batches = plural(one.batches, "batch").replace("batchs", "batches"), full = one.samples === one.batches * one.last_batch;
+    const told = [plural(one.images, "image"), plural(one.samples, "sample"), one.last_batch ? `${batches}${full ? "" : ", the last"} of ${one.last_batch}` : batches,
       one.cropped > 0.005 ? `up to ${(100 * one.cropped).toFixed(0)} % cut off` : null];
     return el("div", { class: "card bucket" },
       el("header", {}, el("h3", {}, `${one.size[0]} × ${one.size[1]}`), el("span", { class: "note" }, told.filter(Boolean).join(" · ")),
