@@ -64,11 +64,13 @@ class Ema:
     def in_use(self) -> Iterator[None]:
         """Have the average in the network for a while, then the weights to train on, to the bit."""
         self._settle()
-        kept = self._put(self._average)
+        with self._backend.whole(self._module):
+            kept = [parameter.detach().clone() for parameter in self._parameters]
         try:
+            self._put(self._average)
             yield
         finally:
-            self._put(kept)
+            self._put(kept)  # takes no memory, which may have run out
 
     def state(self) -> dict[str, Tensor]:
         """What a resume needs: the averages by name of the parameter, and how many steps are in them."""
@@ -87,13 +89,11 @@ class Ema:
         self._average = [state[name].to(self._device, torch.float32, copy=True) for name in self._names]
 
     @torch.no_grad()
-    def _put(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Write `values` into the network; returns what was there."""
+    def _put(self, values: Sequence[Tensor]) -> None:
+        """Write `values` into the network."""
         with self._backend.whole(self._module, changing=True):
-            before = [parameter.detach().clone() for parameter in self._parameters]
             for parameter, value in zip(self._parameters, values, strict=True):
                 parameter.data.copy_(value)
-        return before
 
     def _settle(self) -> None:
         """Take in what was on its way."""
