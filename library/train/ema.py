@@ -51,7 +51,7 @@ class Ema:
     def update(self) -> None:
         """Take in the weights that an optimizer step left."""
         self._updates += 1
-        share = 1 - min(self._decay, (1 + self._updates) / (10 + self._updates))
+        share = self._share()
         self._settle()
         with self._backend.whole(self._module):
             weights = [parameter.detach() for parameter in self._parameters]
@@ -59,6 +59,17 @@ class Ema:
                 self._coming = _Coming(weights, share)
             else:
                 torch._foreach_lerp_(self._average, [weight.float() for weight in weights], share)
+
+    @torch.no_grad()
+    def take_back(self, updates: int) -> None:
+        """Undo the last `updates`, to rounding: they took in the weights as they are, for steps that were not made."""
+        self._settle()
+        with self._backend.whole(self._module):
+            weights = [p.detach().to(self._device, torch.float32) for p in self._parameters]
+        for _ in range(updates):
+            share = self._share()
+            self._updates -= 1
+            torch._foreach_lerp_(self._average, weights, -share / (1 - share))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -87,6 +98,10 @@ class Ema:
             )
         self._updates = int(state[COUNT])
         self._average = [state[name].to(self._device, torch.float32, copy=True) for name in self._names]
+
+    def _share(self) -> float:
+        """What the last update's weights are of the average; in (0, 1)."""
+        return 1 - min(self._decay, (1 + self._updates) / (10 + self._updates))
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:

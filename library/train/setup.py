@@ -212,8 +212,10 @@ def train(job: Job) -> Trained:
                 with rescued(trainer, saver):
                     finished = trainer.run(batches(job))
         except TrainingDiverged as error:
-            # Nothing was updated with what is not finite, but the schedule has gone on.
+            # Nothing was updated with what is not finite, but the schedule and the average have gone on.
             trained.schedule.load_state_dict(trained.schedule.state_dict(), moved=-trainer.scheduled)
+            if ema is not None:
+                ema.take_back(trainer.scheduled)
             left = saver.diverged(trainer.state) if trainer.state.step > job.state.step else None
             saver.failed()
             raise TrainingDiverged(

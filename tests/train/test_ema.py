@@ -83,6 +83,12 @@ def test_the_average_is_that_of_the_formula(on_cpu: bool, dtype: torch.dtype):
     for one in (ema, again):
         one.update()
     assert torch.equal(ema.state()["weight"], again.state()["weight"])
+    for _ in range(2):  # steps that leave the weights as they are, and turn out not to be made
+        again.update()
+    assert not torch.allclose(ema.state()["weight"], again.state()["weight"], atol=1e-5)
+    again.take_back(2)
+    assert torch.allclose(ema.state()["weight"], again.state()["weight"], atol=1e-6)
+    assert int(again.state()["updates"]) == 21
     with pytest.raises(CheckpointError, match="the saved average differs in 1 tensors, such as weight"):
         again.load_state({"updates": state["updates"]})
 
