@@ -20,7 +20,7 @@ def test_a_run_goes_on_from_the_step_before(tmp_path: Path, capsys: pytest.Captu
     draw_pictures(data / "3_waves", [(64, 64)] * 4)
     options = {
         "network_module": FAULTY, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "learning_rate": 1e-2,
-        "ema_decay": 0.9, "optimizer_args": [] if ahead else ["fused=False"],
+        "ema_decay": 0.9, "optimizer_args": [f"fused={ahead}"],
     }  # fmt: skip
 
     def trained(name: str, *, at: int, code: int) -> tuple[dict[str, torch.Tensor], ...]:
