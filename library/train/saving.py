@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from library.config.sections.saving import SavingConfig
 from library.distributed.base import Backend
@@ -202,9 +203,11 @@ class Saver:
         """
         try:
             return self.interrupted(state)
-        except (TrainingDiverged, WriteFailed) as error:
+        except TrainingDiverged:
+            logger.error("no state is left of step %d, as its weights are not finite", state.step)
+        except WriteFailed as error:
             logger.error("%s", error)
-            return None
+        return None
 
     def rescue(self, state: TrainState) -> None:
         """An error of this rank, and maybe of no other, ends the run: write what is done, without the others.
@@ -212,11 +215,14 @@ class Saver:
         Where that takes all ranks (ZeRO), or the disk refuses as well, the last state will have to do.
         """
         folder = self._state_folder(step_stem(self._config.output_name, state.step))
-        if folder in self.written or not self._backend.captures_alone or not self._is_finite():
+        if folder in self.written or not self._backend.captures_alone:
+            return
+        run = self._capture(state)
+        if not _are_finite(run.network.values()):  # asked of the copy, as the GPU may have no memory left
             return
         try:
             with refusals_named(folder):
-                save_run(folder, self._capture(state))
+                save_run(folder, run)
         except WriteFailed as error:
             if what_is_wrong(folder) is not None:  # or another rank, in the same trouble, was faster
                 logger.error("%s", error)
@@ -243,15 +249,14 @@ class Saver:
 
     def _check_finite(self, state: TrainState) -> None:
         """Asked of all ranks together, which hold the same. Raises TrainingDiverged."""
-        if not self._is_finite():
+        module = self._network.module
+        with self._backend.whole(module), torch.no_grad():
+            finite = _are_finite(module.parameters())
+        if not finite:
             raise TrainingDiverged(
                 f"step {state.step}: it left weights that are not finite, so they are not saved and training stopped; "
                 'lower the learning rate, or use mixed_precision = "bf16" or "no"'
             )
-
-    def _is_finite(self) -> bool:
-        with self._backend.whole(self._network.module), torch.no_grad():
-            return all(bool(torch.isfinite(one).all()) for one in self._network.module.parameters())
 
     def _tried(self, write: Callable[[], object]) -> bool:
         try:
@@ -313,6 +318,10 @@ class Saver:
     def _release(self, path: Path) -> None:
         if self.uploader is not None:
             self.uploader.wait_for(path)
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 class SavingListener:

@@ -211,6 +211,7 @@ def train(job: Job) -> Trained:
                 began = time.monotonic()
                 with rescued(trainer, saver):
                     finished = trainer.run(batches(job))
+            left = None if finished else saver.interrupted(trainer.state)
         except TrainingDiverged as error:
             # Nothing was updated with what is not finite, but the schedule and the average have gone on.
             trained.schedule.load_state_dict(trained.schedule.state_dict(), moved=-trainer.scheduled)
@@ -224,8 +225,7 @@ def train(job: Job) -> Trained:
         except Exception:
             saver.failed()
             raise
-        if not finished:
-            left = saver.interrupted(trainer.state)
+        if left is not None:
             saver.finish()
             raise Interrupted(
                 f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {left}, "

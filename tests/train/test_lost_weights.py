@@ -40,6 +40,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, our_warnings:
     assert not our_warnings
     assert saver.diverged(state_at(3)) is None
     saver.rescue(state_at(3))
-    assert [said.partition(":")[0] for said in our_warnings] == ["step 3"]
+    assert our_warnings == ["no state is left of step 3, as its weights are not finite"]
     assert sorted(tmp_path.iterdir()) == before
     assert newest_run(tmp_path, "out") == tmp_path / "out-step00000002-state"
