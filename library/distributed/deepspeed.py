@@ -126,11 +126,13 @@ class DeepSpeedBackend:
         if self._config.zero_stage < 3:
             yield
             return
-        with GatheredParameters(list(module.parameters()), modifier_rank=0 if changing else None):
-            yield
-        kept = self._engine.optimizer.persistent_parameters
-        if kept:
-            kept[0].all_gather(kept)
+        try:
+            with GatheredParameters(list(module.parameters()), modifier_rank=0 if changing else None):
+                yield
+        finally:  # also where one rank could not write a file: the others are here as well
+            kept = self._engine.optimizer.persistent_parameters
+            if kept:
+                kept[0].all_gather(kept)
 
     def export_optimizer(self, optimizer: Optimizer, names: Mapping[Tensor, str]) -> ExportedState:
         if self._config.zero_stage == 0:

@@ -127,8 +127,8 @@ class BuiltOptimizer:
             return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         kept = [parameter.detach().clone() for parameter in parameters]
-        self.eval()
         try:
+            self.eval()
             yield
         finally:
             self.train()

@@ -51,7 +51,7 @@ class Ema:
     def update(self) -> None:
         """Take in the weights that an optimizer step left."""
         self._updates += 1
-        share = 1 - min(self._decay, (1 + self._updates) / (10 + self._updates))
+        share = self._share()
         self._settle()
         with self._backend.whole(self._module):
             weights = [parameter.detach() for parameter in self._parameters]
@@ -60,15 +60,28 @@ class Ema:
             else:
                 torch._foreach_lerp_(self._average, [weight.float() for weight in weights], share)
 
+    @torch.no_grad()
+    def take_back(self, updates: int) -> None:
+        """Undo the last `updates`, to rounding: they took in the weights as they are, for steps that were not made."""
+        self._settle()
+        with self._backend.whole(self._module):
+            weights = [p.detach().to(self._device, torch.float32) for p in self._parameters]
+        for _ in range(updates):
+            share = self._share()
+            self._updates -= 1
+            torch._foreach_lerp_(self._average, weights, -share / (1 - share))
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Have the average in the network for a while, then the weights to train on, to the bit."""
         self._settle()
-        kept = self._put(self._average)
+        with self._backend.whole(self._module):
+            kept = [parameter.detach().clone() for parameter in self._parameters]
         try:
+            self._put(self._average)
             yield
         finally:
-            self._put(kept)
+            self._put(kept)  # takes no memory, which may have run out
 
     def state(self) -> dict[str, Tensor]:
         """What a resume needs: the averages by name of the parameter, and how many steps are in them."""
@@ -86,14 +99,16 @@ class Ema:
         self._updates = int(state[COUNT])
         self._average = [state[name].to(self._device, torch.float32, copy=True) for name in self._names]
 
+    def _share(self) -> float:
+        """What the last update's weights are of the average; in (0, 1)."""
+        return 1 - min(self._decay, (1 + self._updates) / (10 + self._updates))
+
     @torch.no_grad()
-    def _put(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Write `values` into the network; returns what was there."""
+    def _put(self, values: Sequence[Tensor]) -> None:
+        """Write `values` into the network."""
         with self._backend.whole(self._module, changing=True):
-            before = [parameter.detach().clone() for parameter in self._parameters]
             for parameter, value in zip(self._parameters, values, strict=True):
                 parameter.data.copy_(value)
-        return before
 
     def _settle(self) -> None:
         """Take in what was on its way."""

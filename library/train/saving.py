@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from library.config.sections.saving import SavingConfig
 from library.distributed.base import Backend
-from library.errors import WriteFailed
+from library.errors import TrainingDiverged, WriteFailed
 from library.files.atomic import write_text
 from library.files.refusals import refusals_named
 from library.files.safetensors import SAVE_DTYPES
@@ -190,15 +193,21 @@ class Saver:
 
     def interrupted(self, state: TrainState) -> Path:
         """Write the state of a run that was asked to stop."""
+        self._check_finite(state)
         return self.state(step_stem(self._config.output_name, state.step), state)
 
     def diverged(self, state: TrainState) -> Path | None:
-        """Write the state before the step that was not finite; None where the disk refuses."""
+        """Write the state before the step that was not finite; None where it is lost as well, or the disk refuses.
+
+        A last update can leave weights that are not finite and show in the next loss only: no state to go on from.
+        """
         try:
             return self.interrupted(state)
+        except TrainingDiverged:
+            logger.error("no state is left of step %d, as its weights are not finite", state.step)
         except WriteFailed as error:
             logger.error("%s", error)
-            return None
+        return None
 
     def rescue(self, state: TrainState) -> None:
         """An error of this rank, and maybe of no other, ends the run: write what is done, without the others.
@@ -208,9 +217,12 @@ class Saver:
         folder = self._state_folder(step_stem(self._config.output_name, state.step))
         if folder in self.written or not self._backend.captures_alone:
             return
+        run = self._capture(state)
+        if not _are_finite(run.network.values()):  # asked of the copy, as the GPU may have no memory left
+            return
         try:
             with refusals_named(folder):
-                save_run(folder, self._capture(state))
+                save_run(folder, run)
         except WriteFailed as error:
             if what_is_wrong(folder) is not None:  # or another rank, in the same trouble, was faster
                 logger.error("%s", error)
@@ -223,8 +235,10 @@ class Saver:
     def at(self, point: SavePoint, state: TrainState, *, epoch: int) -> None:
         """Write what is due at `point`, then remove what it retires.
 
-        A disk that refuses ends no training: the next point tries again, and what is there stays.
+        A disk that refuses ends no training: the next point tries again, and what is there stays. Weights that are
+        not finite do, before they take the place of others: TrainingDiverged.
         """
+        self._check_finite(state)
         written = self._tried(lambda: self.model(point.stem, state, epoch=epoch))
         # Tried as well where the first failed: other ranks take part in it.
         written = self._tried(lambda: self.average(point.stem, state, epoch=epoch)) and written
@@ -232,6 +246,17 @@ class Saver:
             written = self._tried(lambda: self.state(point.stem, state)) and written
         if self._world.is_main and written:
             self._retire(point)
+
+    def _check_finite(self, state: TrainState) -> None:
+        """Asked of all ranks together, which hold the same. Raises TrainingDiverged."""
+        module = self._network.module
+        with self._backend.whole(module), torch.no_grad():
+            finite = _are_finite(module.parameters())
+        if not finite:
+            raise TrainingDiverged(
+                f"step {state.step}: it left weights that are not finite, so they are not saved and training stopped; "
+                'lower the learning rate, or use mixed_precision = "bf16" or "no"'
+            )
 
     def _tried(self, write: Callable[[], object]) -> bool:
         try:
@@ -242,7 +267,11 @@ class Saver:
         return True
 
     def final(self, state: TrainState, *, epoch: int) -> Path:
-        """Write the finished network, its average if there is one, and the last state if asked."""
+        """Write the finished network, its average if there is one, and the last state if asked.
+
+        Raises TrainingDiverged where its weights are not finite.
+        """
+        self._check_finite(state)
         path = self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
         self.average(last_stem(self._config.output_name), state, epoch=epoch, final=True)
         self.written.sort(key=lambda written: written == path)  # last of all, for it is the result
@@ -289,6 +318,10 @@ class Saver:
     def _release(self, path: Path) -> None:
         if self.uploader is not None:
             self.uploader.wait_for(path)
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 class SavingListener:

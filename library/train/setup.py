@@ -211,9 +211,12 @@ def train(job: Job) -> Trained:
                 began = time.monotonic()
                 with rescued(trainer, saver):
                     finished = trainer.run(batches(job))
+            left = None if finished else saver.interrupted(trainer.state)
         except TrainingDiverged as error:
-            # Nothing was updated with what is not finite, but the schedule has gone on.
+            # Nothing was updated with what is not finite, but the schedule and the average have gone on.
             trained.schedule.load_state_dict(trained.schedule.state_dict(), moved=-trainer.scheduled)
+            if ema is not None:
+                ema.take_back(trainer.scheduled)
             left = saver.diverged(trainer.state) if trainer.state.step > job.state.step else None
             saver.failed()
             raise TrainingDiverged(
@@ -222,8 +225,7 @@ def train(job: Job) -> Trained:
         except Exception:
             saver.failed()
             raise
-        if not finished:
-            left = saver.interrupted(trainer.state)
+        if left is not None:
             saver.finish()
             raise Interrupted(
                 f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {left}, "

@@ -215,10 +215,9 @@ class Trainer:
         max_norm = self._limit_norms()
         if stepped and self.ema is not None:
             self.ema.update()
-        self._updating = False
-        return _Launched(
-            begun, reading, rates, skipped=not stepped, max_norm=max_norm, norms=self._read_norms()
-        )
+        norms = self._read_norms()
+        self._updating = False  # only now: the state counts no step that was not returned
+        return _Launched(begun, reading, rates, skipped=not stepped, max_norm=max_norm, norms=norms)
 
     def settle(self, launched: _Launched) -> tuple[StepReport, bool]:
         """Read a launched step's numbers: its report, and whether any rank was asked to stop."""

@@ -20,10 +20,10 @@ def test_a_run_goes_on_from_the_step_before(tmp_path: Path, capsys: pytest.Captu
     draw_pictures(data / "3_waves", [(64, 64)] * 4)
     options = {
         "network_module": FAULTY, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "learning_rate": 1e-2,
-        "optimizer_args": [] if ahead else ["fused=False"],
+        "ema_decay": 0.9, "optimizer_args": [f"fused={ahead}"],
     }  # fmt: skip
 
-    def trained(name: str, *, at: int, code: int) -> dict[str, torch.Tensor]:
+    def trained(name: str, *, at: int, code: int) -> tuple[dict[str, torch.Tensor], ...]:
         fault = [
             f"{k}={v}" for k, v in {"fault": "nan", "at": at, "rank": 0, "marker": tmp_path / name}.items()
         ]
@@ -33,13 +33,20 @@ def test_a_run_goes_on_from_the_step_before(tmp_path: Path, capsys: pytest.Captu
         assert main(["--config_file", str(config), "--resume", "auto"]) == code
         last = capsys.readouterr().err.splitlines()[-1]
         if code == 0:
-            return load_file(tmp_path / f"{name}-out" / "out.safetensors")
+            return tuple(
+                load_file(tmp_path / f"{name}-out" / f"{stem}.safetensors") for stem in ("out", "out-ema")
+            )
         state = tmp_path / f"{name}-out" / "out-step00000006-state"
         assert last.startswith("error: step 7: the loss is nan")
         assert last.endswith(f"the state before it is in {state}")
         return trained(name, at=at, code=0)
 
-    broken, whole = trained("broken", at=7, code=3), trained("whole", at=100, code=0)
+    (broken, average), (whole, whole_average) = (
+        trained("broken", at=7, code=3), trained("whole", at=100, code=0),
+    )  # fmt: skip
     assert broken.keys() == whole.keys()
     assert all(torch.equal(broken[name], whole[name]) for name in whole)
+    assert average.keys() == whole_average.keys()
+    for name, tensor in whole_average.items():
+        assert torch.allclose(average[name], tensor, rtol=1e-5, atol=1e-8), name
     assert max(float(tensor.abs().max()) for name, tensor in whole.items() if "lora_up" in name) > 1e-3

@@ -83,8 +83,33 @@ def test_the_average_is_that_of_the_formula(on_cpu: bool, dtype: torch.dtype):
     for one in (ema, again):
         one.update()
     assert torch.equal(ema.state()["weight"], again.state()["weight"])
+    for _ in range(2):  # steps that leave the weights as they are, and turn out not to be made
+        again.update()
+    assert not torch.allclose(ema.state()["weight"], again.state()["weight"], atol=1e-5)
+    again.take_back(2)
+    assert torch.allclose(ema.state()["weight"], again.state()["weight"], atol=1e-6)
+    assert int(again.state()["updates"]) == 21
     with pytest.raises(CheckpointError, match="the saved average differs in 1 tensors, such as weight"):
         again.load_state({"updates": state["updates"]})
+
+
+def test_the_weights_come_back_where_no_memory_is_left(monkeypatch: pytest.MonkeyPatch):
+    """As after a sample image that ran out of it, which ends no run."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    module = nn.Linear(4, 3)
+    ema = Ema(module, backend=backend(), decay=0.6, on_cpu=False)
+    ema.start()
+    module.weight.data.add_(1)
+    before = module.weight.detach().clone()
+    with ema.in_use():
+        assert not torch.equal(module.weight, before)
+        for name in ("clone", "to"):
+            monkeypatch.setattr(Tensor, name, fail)
+    monkeypatch.undo()
+    assert torch.equal(module.weight, before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

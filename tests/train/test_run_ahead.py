@@ -178,6 +178,27 @@ class Broken:
         return loss
 
 
+@pytest.mark.parametrize(("method", "landed"), [("on_gradients", 2), ("norms", None)])
+def test_an_error_leaves_the_state_that_the_weights_are_of_or_none(
+    method: str, landed: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """The network's hooks before an update and behind it."""
+
+    def fail(*_):
+        raise MemoryError
+
+    with trainer() as (made, stream):
+        reports = made.steps(stream)
+        next(reports)  # the second step is made by now
+        monkeypatch.setattr(type(made.network), method, fail)
+        with pytest.raises(MemoryError):
+            next(reports)
+        steps_made = int(next(iter(made.optimizer.optimizer.state.values()))["step"])
+        state = made.landed()
+        assert (state.step if state is not None else None) == landed
+        assert steps_made == (landed or 3)
+
+
 def test_a_wish_to_stop_ends_after_the_steps_in_hand():
     log, _, finished = logged(stop_at=2)
     assert not finished
