@@ -28,9 +28,7 @@ logger = logging.getLogger(__name__)
 
 ORDINARY = 2  # micro-steps of a shape before it is recorded: kernels are compiled and chosen in them
 MOST = 16  # shapes that are recorded; each costs a few dozen MB
-RESERVE = (
-    6 << 30
-)  # bytes that validation, sample images and an autoencoder may want beside the recorded memory
+RESERVE = 6 << 30  # bytes that validation, sample images and an autoencoder may want beside what is recorded
 
 # Networks whose forward asks the host for nothing, chance apart.
 _STEADY = ("networks.lora_flux", "networks.oft_flux", "lycoris.kohya")

@@ -134,9 +134,8 @@ class Trainer:
         """
         stop = False
         while not stop and self.state.step + (self._flying is not None) < self.limits.total_steps:
-            if self._flying is None and self.has_enough(
-                self.state
-            ):  # what it asks is known when nothing flies
+            # What it asks is known when nothing flies.
+            if self._flying is None and self.has_enough(self.state):
                 return
             launched = self.launch(batches)
             before, self._flying = self._flying, launched
