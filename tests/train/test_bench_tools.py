@@ -86,6 +86,7 @@ def test_loss_curves(tmp_path):
         "--curve",
         "8",
         "--kinds",
+        "bf16",
         "fp8",
         "--json",
         str(file),
