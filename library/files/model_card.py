@@ -41,9 +41,9 @@ class CardFacts:
     settings: Mapping[str, str]
     pictures: Sequence[ShownPicture]
     drawn_with: str  # which weights the pictures show
-    others: Mapping[str, str] = field(
-        default_factory=dict
-    )  # other adapter files of the run, and what is in them
+    # Other adapter files of the run, and what is in them
+    others: Mapping[str, str] = field(default_factory=dict)
+    on_the_hub: bool = True  # whether the base model is: the embedded one is not
     description: str | None = None
     usage: str | None = None
     author: str | None = None
@@ -103,6 +103,8 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _about(facts: CardFacts) -> list[str]:
     kind = f"An adapter for [{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    if not facts.on_the_hub:
+        kind = f"An adapter for {facts.base_model}, the little model that Polyrank brings along to try things out"
     parts = [f"{kind}{f' by {escaped(facts.author)}' if facts.author else ''}: `{facts.file}`."]
     if facts.description:
         parts.append(escaped(facts.description))
@@ -145,6 +147,8 @@ def _in_comfyui(facts: CardFacts) -> str:
 def _in_diffusers(facts: CardFacts) -> str:
     if not facts.suits_diffusers:
         return f"diffusers does not load this kind of adapter; {facts.readers} do."
+    if not facts.on_the_hub:
+        return f"{facts.base_model} is no model of the Hub. Of an adapter trained on FLUX.1, the code stands here."
     example = facts.example
     where = f'"{facts.repository}"' if facts.repository else '"."'
     if facts.repository and facts.folder:

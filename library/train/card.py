@@ -15,6 +15,7 @@ from library.errors import WriteFailed
 from library.files.atomic import write_text
 from library.files.model_card import DEV, MARK, SCHNELL, CardFacts, ShownPicture, card
 from library.files.refusals import refusals_named
+from library.models import tiny
 from library.train.best import lowest
 from library.train.naming import average_stem, best_stem, card_path, model_path, workflow_path
 from library.train.saving import Saver
@@ -104,6 +105,7 @@ def card_text(job: Job, trained: Trained, saver: Saver, state: TrainState, drawn
             repository=saving.huggingface_repo_id,
             folder=saving.huggingface_path_in_repo or None,
             base_model=base_model(config, is_dev=files.is_dev),
+            on_the_hub=config.model.pretrained_model_name_or_path != tiny.NAME,
             embeds_guidance=files.is_dev,
             readers=saver.readers,
             trigger_words=(metadata.metadata_trigger_phrase,) if metadata.metadata_trigger_phrase else words,

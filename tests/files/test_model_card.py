@@ -74,3 +74,10 @@ def test_a_file_that_diffusers_does_not_load_is_not_called_one():
     assert "diffusers does not load this kind of adapter; ComfyUI and Forge do." in text
     assert "add a Load LoRA node" in text
     assert "## Pictures" not in text
+
+
+def test_the_embedded_model_is_not_looked_for_on_the_hub():
+    text = card(replace(FACTS, base_model="polyrank/tiny-flux", on_the_hub=False))
+    assert "huggingface.co/polyrank" not in text
+    assert "from_pretrained" not in text
+    assert "is no model of the Hub" in text
