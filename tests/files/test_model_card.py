@@ -64,6 +64,8 @@ def test_the_code_for_diffusers_is_python_that_says_what_was_drawn():
     schnell = card(replace(FACTS, base_model=SCHNELL, embeds_guidance=False, repository="me/cat"))
     assert "guidance_scale=0," in schnell
     assert 'load_lora_weights("me/cat", weight_name=' in schnell
+    inside = card(replace(FACTS, repository="me/cat", folder="runs"))
+    assert 'load_lora_weights("me/cat", subfolder="runs", weight_name="my cat.safetensors")' in inside
 
 
 def test_a_file_that_diffusers_does_not_load_is_not_called_one():
