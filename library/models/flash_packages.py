@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -97,7 +98,9 @@ def activate(name: str) -> None:
     if package.implementation not in sdpa.list_flash_attention_impls():
         _keep_compiled_kernels()
         sdpa.register_flash_attention_impl(package.implementation, register_fn=take_over)
-    sdpa.activate_flash_attention_impl(package.implementation)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*overridden")  # which is what is wanted
+        sdpa.activate_flash_attention_impl(package.implementation)
 
 
 def _keep_compiled_kernels() -> None:
