@@ -79,13 +79,18 @@ class TrialDisturbed(Exception):
     """What ended a trial says nothing about a kernel."""
 
 
+def refuse(wanted: str, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise EnvironmentUnsupported when the kernel asked for is of a package that cannot be used here."""
+    if wanted in flash_packages.PACKAGES and (reason := flash_packages.refusal(wanted, device, dtype)):
+        raise EnvironmentUnsupported(f"attention = {wanted} {reason}: without it, use attention = auto")
+
+
 def begin(wanted: str, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> Future[Verdict] | None:
     """Find the verdict for this machine in the background, for `settle`; None where there is nothing to choose.
 
-    Raises EnvironmentUnsupported when the kernel asked for is of a package that cannot be used here.
+    Raises EnvironmentUnsupported as `refuse` does.
     """
-    if wanted in flash_packages.PACKAGES and (reason := flash_packages.refusal(wanted, device, dtype)):
-        raise EnvironmentUnsupported(f"attention = {wanted} {reason}: without it, use attention = auto")
+    refuse(wanted, device=device, dtype=dtype)
     # In float32 torch has one kernel beside the formula, and no trial to wait for would change what it takes.
     if device.type != "cuda" or (wanted == "auto" and dtype == torch.float32):
         return None
