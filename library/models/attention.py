@@ -338,7 +338,7 @@ def main(argv: Sequence[str]) -> int:
                 flash_packages.activate(name)
             check(name, device, dtype, compiled=argv[2] == "compiled")
             taken = time_kernel(name, device, dtype)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, EnvironmentUnsupported) as error:
             # Whatever comes after an error of the GPU fails as well: the rest is for another process.
             sys.stderr.write(" ".join(str(error).split())[:200] + "\n")
             return (

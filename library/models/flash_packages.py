@@ -3,8 +3,8 @@
 torch lets a package take over the operator behind `scaled_dot_product_attention` for the whole process: layers,
 compiled blocks and recorded steps stay as they are, and what the kernel does not take (a mask) goes to torch's
 next kernel as ever. For FlashAttention 3 torch brings the code between the two. Its code for FlashAttention 4
-fits no release of that package: it copies every tensor or reads two results where five come, by version. So
-that is written here, against the two functions of flash-attn-4 that torch's code calls as well.
+reads two results (torch 2.11 to 2.13) where flash-attn-4 4.0.0b36 gives five. So that is written here, against
+the two functions of the package that torch's code calls as well.
 
 Whether the kernels are right on the card at hand is for the trial in `library.models.attention`.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.library import Library
 from torch.nn import attention as sdpa
 
+from library.errors import EnvironmentUnsupported
 from library.files.user_cache import cache_folder
 
 
@@ -79,8 +80,6 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"needs a GPU of the kind {package.cards}, and this is {torch.cuda.get_device_name(device)}"
     if installed(name) is None:
         return f"needs the package {package.distribution}, which is not installed ({package.install})"
-    if package.implementation == "FA3" and "FA3" not in sdpa.list_flash_attention_impls():
-        return f"needs a newer torch than {torch.__version__}"
     return None
 
 
@@ -92,7 +91,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> list[str]:
 def activate(name: str) -> None:
     """Let a package's kernels be torch's flash kernel, for the whole process.
 
-    Raises what importing the package raises.
+    Raises EnvironmentUnsupported where the package cannot be imported.
     """
     package = PACKAGES[name]
     if package.implementation not in sdpa.list_flash_attention_impls():
@@ -100,7 +99,12 @@ def activate(name: str) -> None:
         sdpa.register_flash_attention_impl(package.implementation, register_fn=take_over)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*overridden")  # which is what is wanted
-        sdpa.activate_flash_attention_impl(package.implementation)
+        try:
+            sdpa.activate_flash_attention_impl(package.implementation)
+        except ImportError as error:
+            raise EnvironmentUnsupported(
+                f"{package.distribution} cannot be imported ({error}): install it again, or remove it"
+            ) from error
 
 
 def _keep_compiled_kernels() -> None:
