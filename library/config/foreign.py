@@ -119,7 +119,7 @@ _REASONS = {
     "timestep_sampling flux_shift shifts between 0.5 and 1.15": "base_shift max_shift",
     "sample_prompts say it for each picture": "steps denoise num_prompts",
     "every step is logged": "log_every_n_steps",
-    "attention is always torch's scaled_dot_product_attention": "flash_attn",
+    "the option is attention, which by itself takes the fastest kernel that is right": "flash_attn",
     "torch's default mode is used": "torch_compile_mode",
     "it is no option, the trainer chooses": (
         "enable_cudnn_benchmark cudnn_deterministic tf32_mode use_tensorcore"

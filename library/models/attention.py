@@ -5,7 +5,8 @@ brought the process down, on some cards in some versions. So each is tried befor
 gradients of an attention of FLUX's length against the plain formula in float32, with and without a key mask,
 and inside a compiled function where the run compiles. The trial is a process of its own (a kernel that reads
 where it must not takes its process along) that works while weights are read. Its verdict is kept in the
-user's cache folder for this GPU, driver of kernels and torch, so only the first run may wait for it. A trial
+user's cache folder for this GPU, driver of kernels and torch, so only the first run may wait for it. Where the
+user has installed FlashAttention 3 or 4 they are tried as well, last, and a verdict counts for their version. A trial
 that fails for a reason that is not the kernel's (no memory left beside the model, a signal) judges nothing,
 and nothing of it is kept.
 
@@ -35,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from library.errors import EnvironmentUnsupported
 from library.files.atomic import write_text
 from library.files.user_cache import cache_folder
+from library.models import flash_packages
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
+    **dict.fromkeys(
+        flash_packages.PACKAGES, SDPBackend.FLASH_ATTENTION
+    ),  # one at a time, in place of "flash"
 }
 TRIED = ("cudnn", "flash", "efficient")  # math is what they are held against, and too large to be used
 MASKED = frozenset({"cudnn", "efficient"})  # kernels that take a mask; for others torch takes the next one
@@ -74,8 +79,18 @@ class TrialDisturbed(Exception):
     """What ended a trial says nothing about a kernel."""
 
 
+def refuse(wanted: str, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise EnvironmentUnsupported when the kernel asked for is of a package that cannot be used here."""
+    if wanted in flash_packages.PACKAGES and (reason := flash_packages.refusal(wanted, device, dtype)):
+        raise EnvironmentUnsupported(f"attention = {wanted} {reason}: without it, use attention = auto")
+
+
 def begin(wanted: str, *, device: torch.device, dtype: torch.dtype, compiled: bool) -> Future[Verdict] | None:
-    """Find the verdict for this machine in the background, for `settle`; None where there is nothing to choose."""
+    """Find the verdict for this machine in the background, for `settle`; None where there is nothing to choose.
+
+    Raises EnvironmentUnsupported as `refuse` does.
+    """
+    refuse(wanted, device=device, dtype=dtype)
     # In float32 torch has one kernel beside the formula, and no trial to wait for would change what it takes.
     if device.type != "cuda" or (wanted == "auto" and dtype == torch.float32):
         return None
@@ -110,24 +125,37 @@ def settle(wanted: str, coming: Future[Verdict] | None, *, device: torch.device)
         )
     chosen = verdict.fastest if wanted == "auto" else wanted
     use(chosen, verdict)
-    faults = "".join(f"; {name}: {fault}" for name, fault in verdict.faults.items())
-    logger.info("attention: %s%s", chosen, faults)
+    logger.info("attention: %s%s", chosen, _reasons(verdict))
     return chosen
+
+
+def _reasons(verdict: Verdict) -> str:
+    """What the trial found, for the line of the log: the fastest first, and what is not to be used."""
+    right = sorted((taken, name) for name, taken in verdict.seconds.items() if taken)
+    times = ", ".join(f"{name} {taken * 1000:.1f} ms" for taken, name in right)
+    faults = "".join(f"; {name}: {fault}" for name, fault in verdict.faults.items())
+    return (f" ({times})" if times else "") + faults
 
 
 def use(chosen: str, verdict: Verdict) -> None:
     """Let torch take `chosen`, then the others that are right, from the fastest on; the rest is off."""
-    taken = {name: s for name, s in verdict.seconds.items() if s is not None and name != chosen}
-    order = [chosen, *sorted(taken, key=lambda name: taken[name]), "math"]
-    switches: dict[str, Callable[[bool], None]] = {
-        "cudnn": torch.backends.cuda.enable_cudnn_sdp,
-        "flash": torch.backends.cuda.enable_flash_sdp,
-        "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
-        "math": torch.backends.cuda.enable_math_sdp,
+    if chosen in flash_packages.PACKAGES:
+        flash_packages.activate(chosen)
+    taken = {name: s for name, s in verdict.seconds.items() if s is not None}
+    for package in flash_packages.PACKAGES:
+        taken.pop(package, None)  # what is not chosen is not there
+    order = dict.fromkeys(
+        BACKENDS[name] for name in (chosen, *sorted(taken, key=lambda name: taken[name]), "math")
+    )
+    switches: dict[SDPBackend, Callable[[bool], None]] = {
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.enable_cudnn_sdp,
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.enable_flash_sdp,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.enable_mem_efficient_sdp,
+        SDPBackend.MATH: torch.backends.cuda.enable_math_sdp,
     }
-    for name, switch in switches.items():
-        switch(name in order)
-    first = [BACKENDS[name].value for name in dict.fromkeys(order)]
+    for backend, switch in switches.items():
+        switch(backend in order)
+    first = [backend.value for backend in order]
     others = [number for number in torch._C._get_sdp_priority_order() if number not in first]
     torch._C._set_sdp_priority_order([*first, *others])
 
@@ -139,13 +167,15 @@ def kept_verdict(device: torch.device, dtype: torch.dtype, *, compiled: bool) ->
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "dtype": str(dtype), "compiled": compiled,
     }  # fmt: skip
+    packages = flash_packages.usable(device, dtype)
+    key |= {name: flash_packages.installed(name) for name in packages}
     name = "-".join(str(part) for part in key.values()).replace(" ", "_").replace("/", "_")
     file = cache_folder() / "attention" / f"{name}.json"
     kept = _read(file)
     if kept is not None:
         return kept
     logger.info("attention: trying the kernels of this GPU; the result is kept for later runs")
-    found = trial(device, dtype, compiled=compiled)
+    found = trial(device, dtype, compiled=compiled, kernels=(*TRIED, *packages))
     try:
         write_text(file, json.dumps(asdict(found), indent=1))
     except OSError as error:
@@ -304,9 +334,11 @@ def main(argv: Sequence[str]) -> int:
     device, dtype = torch.device(argv[0]), getattr(torch, argv[1])
     for name in argv[3:]:
         try:
+            if name in flash_packages.PACKAGES:
+                flash_packages.activate(name)
             check(name, device, dtype, compiled=argv[2] == "compiled")
             taken = time_kernel(name, device, dtype)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, EnvironmentUnsupported) as error:
             # Whatever comes after an error of the GPU fails as well: the rest is for another process.
             sys.stderr.write(" ".join(str(error).split())[:200] + "\n")
             return (

@@ -74,6 +74,7 @@ from library.train.run_log import Ended
 from library.train.saving import About, Saver, Weights
 from library.train.scenes import scenes
 from library.train.signals import StopRequest
+from library.train.speed import Speed
 from library.train.state import TrainState
 from library.train.trainer import Limits, Listener, Trainer
 from library.train.upload import Uploader, hub_folder, open_repository
@@ -112,6 +113,7 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: Sta
     config, clock = loaded.config, clock or StartClock()
     clock.mark("device")
     files, _ = check_early(config)
+    Speed(config, backend.world.device).check()
     checked = ranks.check_ranks(config, backend.world)
     saved = resumed_run(config, backend)
     seed = choose_seed(config, saved, backend)

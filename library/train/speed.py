@@ -33,6 +33,15 @@ class Speed:
     config: TrainConfig
     device: torch.device
 
+    def check(self) -> None:
+        """Refuse what this device lacks before anything is cached or loaded. Raises EnvironmentUnsupported."""
+        _ = self.scaled
+        attention.refuse(self.config.memory.attention, device=self.device, dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.config.training.mixed_precision]
+
     @cached_property
     def scaled(self) -> frozen.Scaled | None:
         """The 8 bits that base_compute asks for and this device has; None for the training precision.
@@ -66,8 +75,7 @@ class Speed:
     @cached_property
     def _attention(self) -> Future[attention.Verdict] | None:
         return attention.begin(
-            self.config.memory.attention, device=self.device,
-            dtype=DTYPES[self.config.training.mixed_precision],
+            self.config.memory.attention, device=self.device, dtype=self._dtype,
             compiled=self.config.memory.compile_blocks != "off",
         )  # fmt: skip
 

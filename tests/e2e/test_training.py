@@ -159,6 +159,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "constant_with_warmup"),
         ({"cache_latents": True, "color_aug": True}, "color_aug"),
         ({"blocks_to_swap": 2}, "2 double and 4 single blocks: give at most 1"),
+        ({"attention": "flash4"}, "attention = flash4 needs an NVIDIA GPU: without it, use attention = auto"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(

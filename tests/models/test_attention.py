@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
 from functools import partial
 
 import pytest
@@ -130,7 +131,7 @@ def test_a_verdict_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
     tried = []
 
-    def once(device, dtype, *, compiled):
+    def once(device, dtype, *, compiled, kernels):
         tried.append(dtype)
         return Verdict({"flash": 0.5, "cudnn": None}, {"cudnn": "wrong"})
 
@@ -155,24 +156,45 @@ def test_the_process_of_a_trial_gives_seconds_or_a_reason(monkeypatch, capsys):
     assert said.err.strip()
 
 
-def test_what_failed_is_off_and_the_chosen_one_comes_first():
+@pytest.fixture
+def switches():
+    """torch's switches, as they were before the test."""
     flags = torch.backends.cuda
     before = [
         flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled(),
         flags.math_sdp_enabled(),
     ]  # fmt: skip
     order = torch._C._get_sdp_priority_order()
-    try:
-        use("efficient", Verdict({"cudnn": None, "flash": 0.2, "efficient": 0.3}, {}))
-        assert not flags.cudnn_sdp_enabled()
-        assert flags.flash_sdp_enabled()
-        first = torch._C._get_sdp_priority_order()
-        assert first[:2] == [int(attention.BACKENDS["efficient"]), int(attention.BACKENDS["flash"])]
-        assert sorted(first) == sorted(order)
-    finally:
-        for switch, state in zip(
-            (flags.enable_cudnn_sdp, flags.enable_flash_sdp, flags.enable_mem_efficient_sdp, flags.enable_math_sdp),
-            before, strict=True,
-        ):  # fmt: skip
-            switch(state)
-        torch._C._set_sdp_priority_order(order)
+    yield flags
+    for switch, state in zip(
+        (flags.enable_cudnn_sdp, flags.enable_flash_sdp, flags.enable_mem_efficient_sdp, flags.enable_math_sdp),
+        before, strict=True,
+    ):  # fmt: skip
+        switch(state)
+    torch._C._set_sdp_priority_order(order)
+
+
+def test_what_failed_is_off_and_the_chosen_one_comes_first(switches):
+    order = torch._C._get_sdp_priority_order()
+    use("efficient", Verdict({"cudnn": None, "flash": 0.2, "efficient": 0.3}, {}))
+    assert not switches.cudnn_sdp_enabled()
+    assert switches.flash_sdp_enabled()
+    first = torch._C._get_sdp_priority_order()
+    assert first[:2] == [int(attention.BACKENDS["efficient"]), int(attention.BACKENDS["flash"])]
+    assert sorted(first) == sorted(order)
+
+
+def test_a_package_that_is_not_chosen_does_not_keep_torchs_own_flash_on(switches):
+    use("cudnn", Verdict({"cudnn": 0.1, "flash": None, "efficient": 0.3, "flash4": 0.2}, {}))
+    assert not switches.flash_sdp_enabled()
+    assert torch._C._get_sdp_priority_order()[1] == int(attention.BACKENDS["efficient"])
+
+
+def test_the_line_about_the_choice_says_what_was_measured(switches, caplog):
+    coming: Future[Verdict] = Future()
+    coming.set_result(
+        Verdict({"cudnn": 0.0069, "efficient": 0.015, "flash4": None}, {"flash4": "dq is off by 0.9"})
+    )
+    with caplog.at_level("INFO", logger="library"):
+        assert settle("auto", coming, device=CPU) == "cudnn"
+    assert "attention: cudnn (cudnn 6.9 ms, efficient 15.0 ms); flash4: dq is off by 0.9" in caplog.text

@@ -101,7 +101,7 @@ SPECIAL: Table = {
     "lr_scheduler_args": decides("lr_scheduler_args", note="split at blanks"),
     "network_args": decides("network_args", note="split at blanks"),
     "additional_parameters": decides(note="read as a command line"),
-    "xformers": decides("sdpa", "xformers", note="attention is always torch's here"),
+    "xformers": decides("sdpa", "xformers", note="`attention` chooses the kernel"),
     "train_blocks": decides(ARGUMENT + "train_blocks", note="only with split_mode, as in the GUI"),
     "train_lora_ggpo": decides(note="switches ggpo_beta and ggpo_sigma on"),
     **{name: decides(ARGUMENT + name, note="with LoRA_type Flux1") for name in _FLUX_LORA},
@@ -327,7 +327,7 @@ def _texts(draft: Draft, given: Mapping[str, Any]) -> None:
     if attention in ("sdpa", "xformers", "True"):
         draft.set("sdpa" if attention == "sdpa" else "xformers", True, key="xformers")
     elif attention:
-        draft.drop("xformers", attention, "attention is always torch's scaled_dot_product_attention")
+        draft.drop("xformers", attention, "`attention` chooses the kernel")
     if "additional_parameters" in given:
         _more(draft, str(given["additional_parameters"]))
 

@@ -72,8 +72,9 @@ class MemoryConfig:
     )
     attention: str = option(
         "auto",
-        "kernel of the attention; auto tries them on the GPU once and takes the fastest that is right",
-        choices=("auto", "cudnn", "flash", "efficient", "math"),
+        "kernel of the attention; auto tries them on the GPU once and takes the fastest that is right; flash3 and "
+        "flash4 are packages that you install",
+        choices=("auto", "cudnn", "flash", "flash3", "flash4", "efficient", "math"),
         ours=True,
     )
     join_adapter: str = option(
