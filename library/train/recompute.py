@@ -2,8 +2,7 @@
 
 Before the first step the largest batch of the plan goes forward and backward with all blocks recomputed, which
 tells what a micro-step takes at most; then forward with one block more of each kind kept, which tells what a
-block's activations take. The rest is arithmetic. Nothing is kept of it but the number, the same on every rank,
-and recomputing changes no numbers, so the run is the one it would have been.
+block's activations take. The rest is arithmetic. Nothing is kept of it but the number, the same on every rank.
 
 Left free beside a micro-step are a share of the card, what the optimizer and averages will hold, and what recorded
 steps need beside them (library/train/graphs.py).
@@ -14,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -102,23 +102,36 @@ def settle(job: Job, trained: Trained, adapter: ModelAdapter) -> None:
             "recompute_blocks: all, since memory is measured on an NVIDIA GPU that holds the whole model"
         )
         return
-    free_memory()
     shapes = unit_shapes(job.data.plan, text_tokens=job.loader.t5_length)
     forward = rehearsal(job, trained, adapter, shapes[0])
-    with torch.random.fork_rng(devices=[device]):
-        room = _room(job, trained, shapes)
-        costs = measure(transformer, forward, trained.parameters, CudaGauge(device), room)
     free_memory()
-    blocks = most(backend, costs.fewest(room), limit=len(costs.kept))
-    transformer.recompute_first(blocks if blocks < len(costs.kept) else None)
-    free = max(0, room.bytes - costs.all_recomputed)
+    with torch.random.fork_rng(devices=[device]):
+        choose(
+            transformer, forward, trained.parameters, backend, CudaGauge(device), _room(job, trained, shapes)
+        )
+    free_memory()
+
+
+def choose(
+    transformer: Flux,
+    forward: Callable[[], Tensor],
+    parameters: Sequence[nn.Parameter],
+    backend: Backend,
+    gauge: Gauge,
+    room: Room,
+) -> None:
+    """Measure, agree with the other ranks, and have as many blocks recomputed as that gives."""
+    costs = measure(transformer, forward, parameters, gauge, room)
+    number = len(costs.kept)
+    blocks = most(backend, costs.fewest(room), limit=number)
+    transformer.recompute_first(blocks if blocks < number else None)
     logger.info(
         "recompute_blocks: %d of %d (activations of a block %.1f GB, %.1f GB free)",
-        blocks, len(costs.kept), costs.kept[-1] / 1e9, free / 1e9,
+        blocks, number, costs.kept[-1] / 1e9, max(0, room.bytes - costs.all_recomputed) / 1e9,
     )  # fmt: skip
     linears = block_linears(transformer)
     copies = sum(linear.weight.nbytes for linear in linears)
-    if blocks == 0 and not memory.blocks_to_swap and room(costs.of(0) + copies):
+    if blocks == 0 and transformer.swap is None and room(costs.of(0) + copies):
         for linear in linears:
             frozen.keep_transposed_copy(linear)
 
@@ -138,6 +151,7 @@ def measure(
     depth, singles = len(transformer.double_blocks), len(transformer.single_blocks)
     number = depth + singles
 
+    @cache
     def held(blocks: int) -> int:
         transformer.recompute_first(blocks)
         forward()
@@ -146,6 +160,9 @@ def measure(
         bytes_held = gauge.in_use() - before
         del loss
         return bytes_held
+
+    def adds(block: int) -> int:
+        return held(block) - held(block + 1)
 
     peak = 0
     transformer.recompute_first(number)
@@ -156,13 +173,15 @@ def measure(
         peak = gauge.peak() - before
         for parameter in parameters:
             parameter.grad = None
-    single = held(number - 1) - held(number) if singles else 0
+    last = adds(number - 1)
+    single = adds(number - 2) if singles > 1 else last
     double = _TOO_MUCH
     # A double block holds less than two single ones, so that trying one cannot run out of memory.
-    if not singles or (depth and room(peak + (singles + 2) * single)):
-        double = held(depth - 1) - held(depth)
+    if singles == 0 or (depth > 0 and room(peak + (singles + 2) * single)):
+        double = adds(depth - 1)
     transformer.recompute_first(None)
-    return Costs(peak, (double,) * depth + (single,) * singles)
+    alike = (*[double] * depth, *[single] * singles)
+    return Costs(peak, (*alike[:-1], last))
 
 
 _TOO_MUCH = 1 << 60
