@@ -136,6 +136,10 @@ def test_foreign_keys_are_no_options():
     ("name", "raw", "value"),
     [
         ("learning_rate", "1e-4", 1e-4),
+        ("recompute_blocks", "16", 16),
+        ("recompute_blocks", 0, 0),
+        ("recompute_blocks", "Auto", "auto"),
+        ("recompute_blocks", "all", UNSET),
         ("learning_rate", 1, 1.0),
         ("resolution", "1024", (1024, 1024)),
         ("resolution", 1024, (1024, 1024)),
