@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.adapters.base import ModelAdapter
-from library.config.train_config import TrainConfig
 from library.data.buckets import Size
 from library.data.dataset import read_batch
 from library.data.plan import MicroBatch, Plan, Sample
@@ -38,9 +37,9 @@ from library.train.build import Job, Trained, token_shapes
 logger = logging.getLogger(__name__)
 
 SPARE = 0.08  # of the GPU's memory: gaps between tensors, and what libraries take beside torch
-COPIES = (
-    5  # of all that is trained: optimizer states, gradients of recorded steps, buckets of ranks, an average
-)
+# Copies of all that is trained: states of the optimizer, gradients of recorded steps, buckets of ranks, an average.
+COPIES = 5
+_TOO_MUCH = 1 << 60  # bytes: more than any GPU has
 
 
 class Gauge(Protocol):
@@ -184,9 +183,6 @@ def measure(
     return Costs(peak, (*alike[:-1], last))
 
 
-_TOO_MUCH = 1 << 60
-
-
 class Shape(NamedTuple):
     """Size of a micro-batch; the order is by what it takes."""
 
@@ -262,17 +258,12 @@ def _room(job: Job, trained: Trained, shapes: Sequence[Shape]) -> Room:
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     held = COPIES * sum(parameter.nbytes for parameter in trained.parameters)
-    recorded = will_record(job.config, device, trained)
+    compiled = trained.root.transformer.compiled is not None
     return Room(
         free + unused - int(SPARE * total) - held,
-        recorded,
-        share_of_others(shapes, several=token_shapes(job) > 1),
+        recorded=graphs.wanted(job.config, device=device, compiled=compiled),
+        other=share_of_others(shapes, several=token_shapes(job) > 1),
     )
-
-
-def will_record(config: TrainConfig, device: torch.device, trained: Trained) -> bool:
-    """Whether micro-steps are to be recorded."""
-    return graphs.wanted(config, device=device, compiled=trained.root.transformer.compiled is not None)
 
 
 def share_of_others(shapes: Sequence[Shape], *, several: bool) -> float:
