@@ -51,6 +51,8 @@ CASES: Mapping[str, str] = {
     "loha, compiled": f"{COMPILED} {LOHA}",
     "fp8, batch 4": f"{COMPILED} --base_compute fp8 --train_batch_size 4 --gradient_checkpointing "
     "--recompute cheap --steps 4",
+    "fp8, batch 4, few recomputed": f"{COMPILED} --base_compute fp8 --train_batch_size 4 --gradient_checkpointing "
+    "--recompute cheap --recompute_blocks auto --steps 4",
     "five buckets": f"{COMPILED} --resolutions {SIZES} --warmup 12 --steps 20",
     "mask": f"{COMPILED} --apply_t5_attn_mask",
     "fp8, swap": f"{COMPILED} --base_compute fp8 --gradient_checkpointing --blocks_to_swap 18",

@@ -37,6 +37,7 @@ from library.data.records import Batch
 from library.distributed.base import Backend
 from library.log import setup_logging
 from library.models.params import FluxParams
+from library.train import recompute
 from library.train.build import Job, Trained, build_adapter, build_trained
 from library.train.checkpoint import load_run
 from library.train.resume import capture, restore
@@ -118,6 +119,7 @@ def assemble(
     )  # fmt: skip
     trained = build_trained(job)
     adapter = build_adapter(job, trained)
+    recompute.settle(job, trained, adapter)
     trainer = build_trainer(
         job,
         trained,

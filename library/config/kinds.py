@@ -16,6 +16,8 @@ from pathlib import Path
 PromptText = str
 # Number of GPUs; 0 is all of them.
 GpuCount = int
+# Number of transformer blocks, or "auto": as the memory at hand allows.
+BlockCount = int | str
 # A model file or folder, or a name that stands for one.
 ModelName = str
 
@@ -115,6 +117,16 @@ def to_gpus(raw: object) -> int:
         raise ValueError("is neither a number of GPUs nor all") from None
 
 
+def to_blocks(raw: object) -> int | str:
+    """A number of blocks, "auto" or "all"."""
+    if isinstance(raw, str) and raw.strip().lower() in ("auto", "all"):
+        return raw.strip().lower()
+    try:
+        return to_int(raw)
+    except ValueError:
+        raise ValueError("is neither a number of blocks nor auto nor all") from None
+
+
 def to_steps(raw: object) -> int | float:
     """A number of steps, or a share of all steps: "10%" and numbers below 1 are shares, others are counts."""
     if isinstance(raw, str) and raw.strip().endswith("%"):
@@ -203,6 +215,7 @@ KINDS = {
     "bool": Kind(to_bool, ""),
     "int": Kind(to_int, "N"),
     "GpuCount": Kind(to_gpus, "N|all"),
+    "BlockCount": Kind(to_blocks, "N|auto|all"),
     "float": Kind(to_float, "X"),
     "int | float": Kind(to_steps, "STEPS|RATIO|%"),
     "str": Kind(to_text, "TEXT"),

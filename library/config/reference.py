@@ -18,6 +18,7 @@ TYPE_WORDS = {
     "bool": "flag",
     "int": "whole number",
     "GpuCount": "number, or all",
+    "BlockCount": "number, auto or all",
     "float": "number",
     "int | float": "steps, share below 1, or %",
     "str": "text",

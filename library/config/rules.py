@@ -209,6 +209,23 @@ def cheap_recomputation_has_a_compiler(context: Context) -> None:
         )
 
 
+def counted_blocks_are_recomputed(context: Context) -> None:
+    """A number of recomputed blocks needs recomputation, and memory is measured on a GPU that holds the model."""
+    config, said = context.config, context.said("recompute_blocks")
+    if config.memory.recompute_blocks is None:
+        return
+    if not config.memory.gradient_checkpointing:
+        context.notices.remarks.append(f"{said} has no effect: it needs gradient_checkpointing")
+    elif (
+        config.memory.recompute_blocks == "auto"
+        and config.distributed.uses_deepspeed
+        and config.distributed.zero_stage == 3
+    ):
+        context.notices.remarks.append(
+            f"{said} recomputes all blocks with zero_stage 3, where no GPU holds the model: give a number"
+        )
+
+
 def base_weights_can_be_read(context: Context) -> None:
     """GGPO measures the rows of base weights, which scales are no part of."""
     memory, words = context.config.memory, context.config.network.network_args
@@ -367,6 +384,7 @@ RULES = (
     precision_fits,
     base_weights_can_be_read,
     cheap_recomputation_has_a_compiler,
+    counted_blocks_are_recomputed,
     optimizer_fits_half_weights,
     length_is_given_once,
     batch_is_given_once,

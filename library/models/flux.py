@@ -8,6 +8,7 @@ Embed, double blocks, single blocks, last layer, as Black Forest Labs published 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class Flux(nn.Module):
         """
         inputs = SavedOnHost() if offload_inputs else None
         self.recomputation = Recomputation(blocks, inputs, cheap_only, chance)
+
+    def recompute_first(self, blocks: int | None) -> None:
+        """Recompute so many blocks, all if None, from here on; gradient checkpointing is enabled."""
+        assert self.recomputation is not None, "enable_gradient_checkpointing() comes first"
+        self.recomputation = replace(self.recomputation, blocks=blocks)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation again."""

@@ -66,9 +66,15 @@ def store_scaled(
     linear.weight = nn.Parameter(weight, requires_grad=False)
     scale = scale.T.contiguous().to(device or scale.device)  # [1, out] float32
     linear.register_buffer("weight_scale", scale, persistent=False)
-    if keep_transposed and kind == "fp8":
-        linear.register_buffer("weight_transposed", weight.t().contiguous(), persistent=False)
+    if keep_transposed:
+        keep_transposed_copy(linear)
     install(linear)
+
+
+def keep_transposed_copy(linear: nn.Linear) -> None:
+    """Hold the weight transposed as well, which the backward pass of scaled fp8 multiplies with."""
+    if is_scaled(linear) and linear.weight.dtype == FP8:
+        linear.register_buffer("weight_transposed", linear.weight.detach().t().contiguous(), persistent=False)
 
 
 def is_scaled(linear: nn.Linear) -> bool:

@@ -255,8 +255,12 @@ def _save_memory(
         )  # fmt: skip
     if not memory.gradient_checkpointing:
         return
+    blocks = memory.recompute_blocks
     transformer.enable_gradient_checkpointing(
-        offload_inputs=memory.cpu_offload_checkpointing, cheap_only=memory.recompute == "cheap", chance=chance
+        blocks=blocks if isinstance(blocks, int) else None,  # auto begins with all
+        offload_inputs=memory.cpu_offload_checkpointing,
+        cheap_only=memory.recompute == "cheap",
+        chance=chance,
     )
     network.enable_gradient_checkpointing()
     encoders: Sequence[ClipL | T5Encoder | None] = (clip_l, t5)

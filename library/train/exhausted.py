@@ -46,6 +46,8 @@ def less_memory(config: TrainConfig) -> Iterator[str]:
         yield "cache_text_encoder_outputs"
     if not memory.gradient_checkpointing:
         yield "gradient_checkpointing"
+    elif memory.recompute_blocks is not None:
+        yield "recompute_blocks left out, so that all blocks are recomputed"
     if not memory.fp8_base:
         yield "fp8_base"
     yield "a larger blocks_to_swap" if memory.blocks_to_swap else "blocks_to_swap"

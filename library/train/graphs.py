@@ -74,6 +74,14 @@ def wanted(config: TrainConfig, *, device: torch.device, compiled: bool) -> bool
     return choice == "on" or compiled
 
 
+def beside(held: int, *, other: float) -> int:
+    """Bytes to leave free beside recorded steps that hold `held`.
+
+    `other` is the size of steps that are not recorded yet, as a share of the recorded ones'.
+    """
+    return max(RESERVE, int(held * other))
+
+
 class StepGraphs:
     """Recorded micro-steps, by the shapes of what goes in."""
 
@@ -131,7 +139,7 @@ class StepGraphs:
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
         held = torch.cuda.memory_reserved() - before
-        wanted = max(RESERVE, held if self._several and not self._recorded else 0)
+        wanted = beside(held, other=float(self._several and not self._recorded))
         if torch.cuda.mem_get_info()[0] < wanted:
             del graph, output, made
             self._give_up(f"recorded steps hold {held / 1e9:.1f} GB, which leaves too little for others")

@@ -37,7 +37,7 @@ from library.preflight.lints import advice
 from library.preflight.start import say_start
 from library.report.start import live_report
 from library.startup import StartClock
-from library.train import graphs
+from library.train import graphs, recompute
 from library.train.best import has_stalled
 from library.train.build import (
     Job,
@@ -157,6 +157,7 @@ def train(job: Job) -> Trained:
     with recorded(job, live_report) as record:
         trained = build_trained(job)
         adapter = build_adapter(job, trained)
+        recompute.settle(job, trained, adapter)
         module = wrap(job, trained)
         ema = build_ema(job, trained)
         losses = loss_by_image(job.data.training)

@@ -63,7 +63,9 @@ class Speed:
         """Store one layer's weight as `scaled` says."""
         assert self.scaled is not None, "only where there is something to do"
         memory = self.config.memory
-        spare = not (memory.gradient_checkpointing or memory.blocks_to_swap)
+        # A block's activations save more time for their bytes than the copy does, so those are kept first.
+        recomputes = memory.gradient_checkpointing and memory.recompute_blocks != 0
+        spare = not (recomputes or memory.blocks_to_swap)
         frozen.store_scaled(linear, self.scaled, keep_transposed=spare, device=self.device)
 
     def before_weights(self, *, steps: int) -> None:

@@ -33,7 +33,15 @@ OURS |= {"text_cache_variants", "trigger_word", "skip_image_resolution"}
 OURS |= {"distributed", "ds_config", "local_rank", "num_gpus", "preflight"}
 OURS |= {"keep_best", "early_stop_patience", "early_stop_min_delta", "no_run_log", "report_every_n_steps"}
 OURS |= {"ema_decay", "ema_on_cpu", "ema_for_samples"}
-OURS |= {"base_compute", "compile_blocks", "attention", "join_adapter", "recompute", "cuda_graphs"}
+OURS |= {
+    "base_compute",
+    "compile_blocks",
+    "attention",
+    "join_adapter",
+    "recompute",
+    "recompute_blocks",
+    "cuda_graphs",
+}
 OURS |= {"no_workflow", "no_card"}
 # The type that Kohya's parser declares for options of each of our types.
 KOHYA_TYPES = {
@@ -128,6 +136,10 @@ def test_foreign_keys_are_no_options():
     ("name", "raw", "value"),
     [
         ("learning_rate", "1e-4", 1e-4),
+        ("recompute_blocks", "16", 16),
+        ("recompute_blocks", 0, 0),
+        ("recompute_blocks", "Auto", "auto"),
+        ("recompute_blocks", "all", UNSET),
         ("learning_rate", 1, 1.0),
         ("resolution", "1024", (1024, 1024)),
         ("resolution", 1024, (1024, 1024)),

@@ -51,6 +51,7 @@ def values_of(item: Option) -> st.SearchStrategy[object]:
         "bool": st.booleans(),
         "int": bounded(item, whole=True),
         "GpuCount": bounded(item, whole=True),
+        "BlockCount": st.one_of(bounded(item, whole=True), st.just("auto")),
         "float": bounded(item, whole=False),
         "int | float": st.one_of(st.integers(0, 10**6), st.floats(1e-6, 0.999)),
         "str": LINE,

@@ -165,6 +165,14 @@ def test_the_allowed_neighbours_of_refused_configs(changes):
             {"recompute": "cheap", "compile_blocks": "on"},
             "no effect: it needs gradient_checkpointing and compile",
         ),
+        (
+            {"recompute_blocks": "8"},
+            "--recompute_blocks 8 (command line) has no effect: it needs gradient_checkp",
+        ),
+        (
+            {"recompute_blocks": "auto", "gradient_checkpointing": "", "deepspeed": "", "zero_stage": "3"},
+            "recomputes all blocks with zero_stage 3, where no GPU holds the model: give a number",
+        ),
         ({"clip_skip": "2"}, "No effect: clip_skip"),
     ],
 )

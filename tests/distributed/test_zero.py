@@ -176,7 +176,11 @@ def test_stage_3_draws_validates_recomputes_and_limits_norms(tmp_path: Path, pic
         )
         for name, more in {
             "zero3": {},
-            "offloaded": {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
+            "offloaded": {
+                "offload_optimizer_device": "cpu",
+                "offload_param_device": "cpu",
+                "recompute_blocks": 1,
+            },
             "bf16": {"mixed_precision": "bf16"},
             "early": {"early_stop_patience": 1, "early_stop_min_delta": 9.0},  # the first does count
             # Nothing that is trained stays whole: LyCORIS reads weights of modules that are never called.

@@ -144,6 +144,19 @@ def test_recomputing_what_is_cheap_repeats_no_attention_and_no_narrow_product(op
         assert backward.count("polyrank.joined.default") == 2 + 1
 
 
+def test_some_blocks_recompute_what_is_cheap_and_the_others_keep_all():
+    inputs = sized(10, 12)
+    expected = gradients(*trained(), inputs)
+    model, network = trained()
+    model.enable_gradient_checkpointing(cheap_only=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.enable_compilation(backend=counter)
+    for blocks, graphs in ((None, 2), (3, 3), (1, 4), (0, 4), (None, 4)):
+        model.recompute_first(blocks)
+        alike(gradients(model, network, inputs), expected)
+        assert counter.frame_count == graphs, "each form of each class is compiled once"
+
+
 @pytest.mark.parametrize("cheap", [None, True])
 def test_blocks_that_travel_are_compiled_too(cheap):
     params = flux_params(depth=4, singles=6)

@@ -19,6 +19,9 @@ def test_what_takes_less_is_what_the_run_does_not_use_yet():
     said = list(less_memory(replace(config, memory=memory)))
     assert "gradient_checkpointing" not in said
     assert "a larger blocks_to_swap" in said
+    for blocks in (None, 8, "auto"):
+        few = list(less_memory(replace(config, memory=replace(memory, recompute_blocks=blocks))))
+        assert any(one.startswith("recompute_blocks left out") for one in few) == (blocks is not None)
 
 
 def test_memory_that_ran_out_is_one_sentence_and_other_errors_are_left_alone():

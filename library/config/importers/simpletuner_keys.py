@@ -47,7 +47,7 @@ KEYS: Table = {
     "train_batch_size": option("train_batch_size"),
     "gradient_accumulation_steps": option("gradient_accumulation_steps"),
     "gradient_checkpointing": option("gradient_checkpointing", common.truth),
-    "gradient_checkpointing_interval": dropped("all blocks are recomputed"),
+    "gradient_checkpointing_interval": dropped("all blocks are recomputed, or the first recompute_blocks"),
     "mixed_precision": option("mixed_precision"),
     "base_model_precision": decides("fp8_base"),
     "base_model_default_dtype": dropped("mixed_precision decides the precision"),

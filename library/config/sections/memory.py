@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from library.config.kinds import BlockCount
 from library.config.options import Limit, no_effect, option
 
 ALWAYS_SDPA = "`attention` chooses the kernel, by itself the fastest one that is right on the GPU at hand"
@@ -18,6 +19,13 @@ class MemoryConfig:
         "all",
         "what gradient_checkpointing recomputes; cheap keeps attention and narrow products where blocks are compiled",
         choices=("all", "cheap"),
+        ours=True,
+    )
+    recompute_blocks: BlockCount | None = option(
+        None,
+        "how many blocks gradient_checkpointing recomputes, the first ones; all, or auto: as few as memory allows",
+        limit=Limit(ge=0, le=57, unit="blocks"),
+        unset=("all",),
         ours=True,
     )
     fp8_base: bool = option(False, "store frozen weights as float8 and compute in the training precision")
