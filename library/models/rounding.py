@@ -14,12 +14,12 @@ from library.models.kernels import trusted
 FP8 = torch.float8_e4m3fn
 LARGEST = {FP8: 448.0, torch.int8: 127.0}
 SMALLEST_SCALE = 2.0**-100  # of a row of zeros
-LONG_ROW = 4096  # numbers; shorter rows are rounded by the compiler together with what makes them
+_CHECKED_ROWS = (80, 4112)  # numbers: a row that the kernel holds whole, and one that it reads twice
 
 
 def round_rows(x: Tensor, dtype: torch.dtype, by_column: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`x` [T, n], times `by_column` [1, n], rounded to 8 bits, and the scales [T, 1] float32 to be multiplied with."""
-    if dtype == FP8 and x.is_cuda and x.shape[1] > LONG_ROW:
+    if dtype == FP8 and x.is_cuda:
         rounded: tuple[Tensor, Tensor] = torch.ops.polyrank.round_rows(x, by_column)
         return rounded
     return _by_formula(x, dtype, by_column)
@@ -44,13 +44,13 @@ def _kernel(device: torch.device) -> Any:
     """The kernel, or None where it cannot be trusted."""
 
     def check(kernel: Any) -> list[tuple[Tensor, Tensor]]:
-        x = torch.linspace(-3, 5, 4 * (LONG_ROW + 16), device=device).view(4, -1).to(torch.bfloat16)
-        by_column = torch.linspace(0.5, 2, x.shape[1], device=device)[None]
         pairs = []
-        for weights in (None, by_column):
-            made = kernel.round_rows(x, weights, SMALLEST_SCALE)
-            wanted = _by_formula(x, FP8, weights)
-            pairs.append((made[0].float() * made[1], wanted[0].float() * wanted[1]))
+        for columns in _CHECKED_ROWS:
+            x = torch.linspace(-3, 5, 4 * columns, device=device).view(4, -1).to(torch.bfloat16)
+            for weights in (None, torch.linspace(0.5, 2, columns, device=device)[None]):
+                made = kernel.round_rows(x, weights, SMALLEST_SCALE)
+                wanted = _by_formula(x, FP8, weights)
+                pairs.append((made[0].float() * made[1], wanted[0].float() * wanted[1]))
         return pairs
 
     return trusted("library.models.rounding_kernel", check)
