@@ -134,8 +134,11 @@ def _configure() -> type[Exception]:
     dynamo.config.recompile_limit = max(_VARIANTS, dynamo.config.recompile_limit)
     # A backward pass that cannot be compiled is found out in the first forward pass.
     autograd: Any = importlib.import_module("torch._functorch.config")
-    if hasattr(autograd, "force_non_lazy_backward_lowering"):  # not in every torch
-        autograd.force_non_lazy_backward_lowering = True
+    # Graphs with autograd functions of one's own, which ours are, are traced anew at each start unless told otherwise.
+    # What such a function does is in the graph that a kept one is found by.
+    for name in ("force_non_lazy_backward_lowering", "autograd_cache_allow_custom_autograd_functions"):
+        if hasattr(autograd, name):  # not in every torch
+            setattr(autograd, name, True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     failure: type[Exception] = dynamo.exc.TorchDynamoException
     return failure

@@ -208,6 +208,30 @@ def test_eval_mode_is_not_compiled():
     assert counter.frame_count == 0
 
 
+def test_a_second_start_finds_what_was_traced(monkeypatch, tmp_path):
+    """Products are autograd functions of our own, which torch caches only when it is told to."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compilation.begin("inductor")
+
+    def gradient() -> torch.Tensor:
+        linear = torch.nn.Linear(16, 32)
+        torch.nn.init.ones_(linear.weight)
+        frozen.install_joining(linear)
+        factors = torch.ones(4, 16, requires_grad=True), torch.ones(32, 4)
+        torch.compile(linear, dynamic=False)(torch.ones(2, 16), low_rank=factors).sum().backward()
+        assert factors[0].grad is not None
+        return factors[0].grad
+
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        found.append(gradient())
+        found.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+    assert found[1::2] == [0, 1]
+    assert torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("failing", ["forward", "backward"])
 def test_what_cannot_be_compiled_runs_as_it_is(failing, our_warnings):
     def broken(graph, inputs):
