@@ -125,6 +125,7 @@ def settle(wanted: str, coming: Future[Verdict] | None, *, device: torch.device)
             f"{torch.__version__} ({verdict.faults.get(wanted, 'it failed its trial')}): use attention = auto"
         )
     chosen = verdict.fastest if wanted == "auto" else wanted
+    _let_torch_begin(device)
     use(chosen, verdict)
     logger.info("attention: %s%s", chosen, _reasons(verdict))
     return chosen
@@ -136,6 +137,12 @@ def _reasons(verdict: Verdict) -> str:
     times = ", ".join(f"{name} {taken * 1000:.1f} ms" for taken, name in right)
     faults = "".join(f"; {name}: {fault}" for name, fault in verdict.faults.items())
     return (f" ({times})" if times else "") + faults
+
+
+def _let_torch_begin(device: torch.device) -> None:
+    """Have torch choose a kernel once: when it first does, it puts its own order in place of any that is set."""
+    x = torch.empty(1, 1, 8, 64, device=device, dtype=torch.bfloat16)
+    torch._fused_sdp_choice(x, x, x)
 
 
 def use(chosen: str, verdict: Verdict) -> None:

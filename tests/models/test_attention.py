@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,3 +200,20 @@ def test_the_line_about_the_choice_says_what_was_measured(switches, caplog):
     with caplog.at_level("INFO", logger="library"):
         assert settle("auto", coming, device=CPU) == "cudnn"
     assert "attention: cudnn (cudnn 6.9 ms, efficient 15.0 ms); flash4: dq is off by 0.9" in caplog.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_choice_holds_from_the_first_attention_on():
+    """In a process of its own: torch sets its order when it first chooses."""
+    program = (
+        "import torch; from concurrent.futures import Future; from library.models import attention as a\n"
+        "coming = Future(); coming.set_result(a.Verdict({'cudnn': 0.1, 'efficient': 0.2}, {}))\n"
+        "a.settle('efficient', coming, device=torch.device('cuda'))\n"
+        "x = torch.zeros(1, 2, 64, 64, device='cuda', dtype=torch.bfloat16)\n"
+        "print(torch._fused_sdp_choice(x, x, x))"
+    )
+    root = Path(attention.__file__).resolve().parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert int(run.stdout) == int(attention.BACKENDS["efficient"])
