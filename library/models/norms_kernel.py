@@ -71,17 +71,19 @@ def _enter_backward(
         strength = tl.load(gate + batch * gate_batch + place, mask=inside, other=0.0).to(tl.float32)
     for token in tl.range(tl.program_id(0), tokens, programs, num_stages=STAGES):
         row = batch * tokens + token
-        wide = tl.load(
-            stream + batch * stream_batch + token * stream_row + place, mask=inside, other=0.0
-        ).to(tl.float32)
-        grad = tl.load(
-            grad_y + batch * grad_y_batch + token * grad_y_row + place, mask=inside, other=0.0
-        ).to(tl.float32)
+        wide = tl.load(stream + batch * stream_batch + token * stream_row + place, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        grad = tl.load(grad_y + batch * grad_y_batch + token * grad_y_row + place, mask=inside, other=0.0).to(
+            tl.float32
+        )
         passed = tl.load(
             grad_stream + batch * grad_stream_batch + token * grad_stream_row + place, mask=inside, other=0.0
         ).to(tl.float32)
         if RESIDUAL:
-            added = tl.load(branch + batch * branch_batch + token * branch_row + place, mask=inside, other=0.0)
+            added = tl.load(
+                branch + batch * branch_batch + token * branch_row + place, mask=inside, other=0.0
+            )
         size = tl.load(sizes + row)
         normal = (wide - tl.load(means + row)) * size
         back = grad * factor  # zero outside, as the gradients are
@@ -186,7 +188,8 @@ def enter_backward(
         grad_stream, grad_y, stream, gate, branch, scale, means, sizes, grad_x, grad_branch, sums,
         tokens, columns, *stream.stride()[:2], gate.stride(0), *branch.stride()[:2], scale.stride(0),
         *grad_stream.stride()[:2], *grad_y.stride()[:2],
-        RESIDUAL=residual, SUMS=with_sums, BLOCK=triton.next_power_of_2(columns), STAGES=STAGES, num_warps=BACKWARD_WARPS,
+        RESIDUAL=residual, SUMS=with_sums, BLOCK=triton.next_power_of_2(columns), STAGES=STAGES,
+        num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return grad_x, grad_branch if residual else None, _added_up(sums) if with_sums else None
 
@@ -216,9 +219,7 @@ def _programs(tokens: int, batches: int) -> int:
 
 
 def _partial(like: Tensor, programs: int, count: int) -> Tensor:
-    return torch.empty(
-        like.shape[0], programs, count, like.shape[2], dtype=torch.float32, device=like.device
-    )
+    return torch.empty(like.shape[0], programs, count, like.shape[2], dtype=torch.float32, device=like.device)
 
 
 def _added_up(sums: Tensor) -> Tensor:
