@@ -17,8 +17,11 @@ from torch import Tensor
 
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 8
-STAGES = 2  # rows that are read ahead backward, and one
-PROGRAMS = 264  # that share the rows of a batch backward: two for each multiprocessor of a large card
+PROGRAMS = 256  # that share the rows of a batch backward: two for each multiprocessor of a large card
+STAGES = 3  # backward: how many rows a program has at hand, read or being read
+_RESERVE = (
+    16 * 1024
+)  # bytes of a multiprocessor's shared memory that rows read ahead leave for sums over a row
 _ADDED = 32  # columns and rows at once where sums are added up
 
 
@@ -184,12 +187,15 @@ def enter_backward(
     grad_branch = torch.empty_like(grad_x, dtype=branch.dtype) if residual else grad_x
     programs = _programs(tokens, batches)
     sums = _partial(stream, programs, 3 if residual else 2) if with_sums else sizes
+    block, read = (
+        triton.next_power_of_2(columns),
+        (grad_stream, grad_y, stream, *([branch] if residual else [])),
+    )
     _enter_backward[(programs, batches)](
         grad_stream, grad_y, stream, gate, branch, scale, means, sizes, grad_x, grad_branch, sums,
         tokens, columns, *stream.stride()[:2], gate.stride(0), *branch.stride()[:2], scale.stride(0),
         *grad_stream.stride()[:2], *grad_y.stride()[:2],
-        RESIDUAL=residual, SUMS=with_sums, BLOCK=triton.next_power_of_2(columns), STAGES=STAGES,
-        num_warps=BACKWARD_WARPS,
+        RESIDUAL=residual, SUMS=with_sums, BLOCK=block, STAGES=_stages(block, read), num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return grad_x, grad_branch if residual else None, _added_up(sums) if with_sums else None
 
@@ -201,12 +207,20 @@ def leave_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, 
     grad_branch = torch.empty((batches, tokens, columns), dtype=branch.dtype, device=branch.device)
     programs = _programs(tokens, batches)
     sums = _partial(branch, programs, 1)
+    block = triton.next_power_of_2(columns)
     _leave_backward[(programs, batches)](
         grad, gate, branch, grad_branch, sums,
         tokens, columns, *grad.stride()[:2], gate.stride(0), *branch.stride()[:2],
-        BLOCK=triton.next_power_of_2(columns), STAGES=STAGES, num_warps=BACKWARD_WARPS,
+        BLOCK=block, STAGES=_stages(block, (grad, branch)), num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return grad_branch, _added_up(sums)
+
+
+def _stages(block: int, read: tuple[Tensor, ...]) -> int:
+    """How many rows of all that is read a program may have at hand on this card."""
+    row = block * sum(tensor.element_size() for tensor in read)
+    room = torch.cuda.get_device_properties(read[0].device).shared_memory_per_block_optin - _RESERVE
+    return max(1, min(STAGES, 1 + room // row))
 
 
 def _rows(x: Tensor) -> Tensor:
