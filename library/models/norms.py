@@ -27,6 +27,9 @@ from torch import library as operators
 
 from library.models.heads import EPSILON
 from library.models.kernels import trusted
+from library.models.rounding import FP8, SMALLEST_SCALE, round_rows
+
+_FIRST_WITH_FP8 = (8, 9)
 
 
 def fits(norms: Sequence[nn.Module]) -> bool:
@@ -68,7 +71,7 @@ def _pair(made: Any) -> tuple[Tensor, Tensor]:
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        y, mean, size = torch.ops.polyrank.enter(x, shift, scale)
+        y, mean, size, _, _ = torch.ops.polyrank.enter(x, shift, scale, False)
         ctx.save_for_backward(x, scale, mean, size)
         return x.view_as(x), y
 
@@ -85,7 +88,7 @@ class _LeaveAndEnter(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        stream, y, mean, size = torch.ops.polyrank.leave_and_enter(x, gate, branch, shift, scale)
+        stream, y, mean, size, _, _ = torch.ops.polyrank.leave_and_enter(x, gate, branch, shift, scale, False)
         ctx.save_for_backward(stream, gate, branch, scale, mean, size)
         return stream, y
 
@@ -93,8 +96,8 @@ class _LeaveAndEnter(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _, gate_trained, _, *trained = ctx.needs_input_grad
         trained = (*trained, gate_trained)
-        grad_x, grad_branch, sums = torch.ops.polyrank.leave_and_enter_backward(
-            *grads, *ctx.saved_tensors, any(trained)
+        grad_x, grad_branch, sums, _, _ = torch.ops.polyrank.leave_and_enter_backward(
+            *grads, *ctx.saved_tensors, any(trained), False, None
         )
         shift, scale, gate = _shares(sums, trained, ctx.saved_tensors[1].dtype)
         return grad_x, gate, grad_branch, shift, scale
@@ -104,7 +107,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         ctx.save_for_backward(gate, branch)
-        return torch.addcmul(x, gate, branch)
+        return torch.addcmul(x, gate, branch)  # which a compiler does at the speed of memory
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,7 +115,7 @@ class _Leave(torch.autograd.Function):
         gate, branch = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return grad, None, gate * grad
-        grad_branch, sums = torch.ops.polyrank.leave_backward(grad, gate, branch)
+        grad_branch, sums, _, _ = torch.ops.polyrank.leave_backward(grad, gate, branch, False, None)
         return grad, sums.to(gate.dtype), grad_branch
 
 
@@ -142,9 +145,30 @@ def _kernels(device: torch.device) -> Any:
             pairs += [*zip(made, wanted, strict=True), *zip(back, formula, strict=True)]
         left = (grad_y, gate, branch)
         pairs += zip(kernels.leave_backward(*left), _plain_leave_backward(*left), strict=True)
+        if torch.cuda.get_device_capability(device) >= _FIRST_WITH_FP8:
+            pairs += _rounded_pairs(kernels, x, gate, branch, scale)
         return [pair for pair in pairs if pair[0] is not None]
 
     return trusted("library.models.norms_kernel", check)
+
+
+def _rounded_pairs(
+    kernels: Any, x: Tensor, gate: Tensor, branch: Tensor, scale: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """What the kernels round, of other numbers than the streams', and what the formulas do."""
+    by_column = torch.linspace(0.5, 2, x.shape[-1], device=x.device)[None]
+    *_, mean, size = _plain_enter(x, None, None, gate, scale)
+    back = (x, branch, x, gate, branch, scale, mean, size)
+    options = {"by_column": by_column, "smallest": SMALLEST_SCALE}
+    pairs = []
+    for made, place, column in (
+        (kernels.enter(x, None, None, gate, scale, EPSILON, SMALLEST_SCALE), 1, None),
+        (kernels.enter_backward(*back, with_sums=True, **options), 1, by_column),
+        (kernels.leave_backward(x, gate, branch, **options), 0, by_column),
+    ):
+        rounded, scales = round_rows(made[place].flatten(0, 1), FP8, column)
+        pairs.append((made[-2].float() * made[-1], rounded.float() * scales))
+    return pairs
 
 
 def _plain(x: Tensor) -> bool:
@@ -193,32 +217,40 @@ def _plain_leave_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[T
     return (wide * gate.float()).to(branch.dtype), sums
 
 
-def _enter(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, L, D], and mean and 1 / deviation [B, L] float32."""
-    if _plain(x):
-        return _plain_enter(x, None, None, shift, scale)[1:]
-    made: tuple[Tensor, Tensor, Tensor] = _kernels(x.device).enter(x, None, None, shift, scale, EPSILON)[1:]
-    return made
+def _enter(x: Tensor, shift: Tensor, scale: Tensor, rounded: bool) -> tuple[Tensor, ...]:
+    """y [B, L, D], mean and 1 / deviation [B, L] float32; y rounded."""
+    return _entered(x, None, None, shift, scale, rounded)[1:]
 
 
 def _leave_and_enter(
-    x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The stream, y, and mean and 1 / deviation."""
-    if _plain(x):
-        return _plain_enter(x, gate, branch, shift, scale)
-    made: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(x.device).enter(
-        x, gate, branch, shift, scale, EPSILON
-    )
-    return made
+    x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, rounded: bool
+) -> tuple[Tensor, ...]:
+    """The stream, y, mean and 1 / deviation; y rounded."""
+    return _entered(x, gate, branch, shift, scale, rounded)
+
+
+def _entered(
+    x: Tensor, gate: Tensor | None, branch: Tensor | None, shift: Tensor, scale: Tensor, rounded: bool
+) -> tuple[Tensor, ...]:
+    if not _plain(x):
+        made = _kernels(x.device).enter(
+            x, gate, branch, shift, scale, EPSILON, SMALLEST_SCALE if rounded else None
+        )
+        return made if rounded else (*made, *_not_rounded(x))
+    made = _plain_enter(x, gate, branch, shift, scale)
+    return *made, *(_round(made[1], None) if rounded else _not_rounded(x))
 
 
 def _enter_backward(
     grad_stream: Tensor, grad_y: Tensor, x: Tensor, scale: Tensor, mean: Tensor, size: Tensor, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and sums over tokens [B, 2, D] float32 for shift and scale, empty unless asked for."""
-    grad_x, _, sums = _backward((grad_stream, grad_y, x, None, None, scale, mean, size), with_sums)
-    return grad_x, sums
+    saved = (grad_stream, grad_y, x, None, None, scale, mean, size)
+    if _plain(x):
+        grad_x, _, sums = _plain_enter_backward(*saved)
+    else:
+        grad_x, _, sums = _kernels(x.device).enter_backward(*saved, with_sums=with_sums)
+    return grad_x, sums if with_sums else _no_sums(x)
 
 
 def _leave_and_enter_backward(  # noqa: PLR0913 (what one operator takes)
@@ -231,29 +263,52 @@ def _leave_and_enter_backward(  # noqa: PLR0913 (what one operator takes)
     mean: Tensor,
     size: Tensor,
     with_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and the branch, and sums [B, 3, D] for shift, scale and gate, empty unless asked for."""
-    grad_x, grad_branch, sums = _backward(
-        (grad_stream, grad_y, stream, gate, branch, scale, mean, size), with_sums
-    )
-    return grad_x, cast(Tensor, grad_branch), sums
-
-
-def _backward(saved: tuple[Any, ...], with_sums: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    stream = saved[2]
+    rounded: bool,
+    by_column: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and the branch, and sums [B, 3, D] for shift, scale and gate; the branch's rounded."""
+    saved = (grad_stream, grad_y, stream, gate, branch, scale, mean, size)
     if _plain(stream):
         grad_x, grad_branch, sums = _plain_enter_backward(*saved)
-        return grad_x, grad_branch, sums if with_sums else _no_sums(stream)
-    grad_x, grad_branch, sums = _kernels(stream.device).enter_backward(*saved, with_sums=with_sums)
-    return grad_x, grad_branch, sums if with_sums else _no_sums(stream)
+        low = _round(cast(Tensor, grad_branch), by_column) if rounded else ()
+    else:
+        grad_x, grad_branch, sums, *low = _kernels(stream.device).enter_backward(
+            *saved, with_sums=with_sums, by_column=by_column, smallest=SMALLEST_SCALE if rounded else None
+        )
+    return (
+        grad_x,
+        cast(Tensor, grad_branch),
+        sums if with_sums else _no_sums(stream),
+        *(low or _not_rounded(stream)),
+    )
 
 
-def _leave_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the branch, and the sum over tokens [B, 1, D] float32 for its gate."""
-    if _plain(grad):
-        return _plain_leave_backward(grad, gate, branch)
-    made: tuple[Tensor, Tensor] = _kernels(grad.device).leave_backward(grad, gate, branch)
-    return made
+def _leave_backward(
+    grad: Tensor, gate: Tensor, branch: Tensor, rounded: bool, by_column: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The gradient of the branch, and the sum over tokens [B, 1, D] float32 for its gate; the former rounded."""
+    if not _plain(grad):
+        made = _kernels(grad.device).leave_backward(
+            grad, gate, branch, by_column, SMALLEST_SCALE if rounded else None
+        )
+        return made if rounded else (*made, *_not_rounded(grad))
+    made = _plain_leave_backward(grad, gate, branch)
+    return *made, *(_round(made[0], by_column) if rounded else _not_rounded(grad))
+
+
+def _round(x: Tensor, by_column: Tensor | None) -> tuple[Tensor, Tensor]:
+    return round_rows(x.flatten(0, 1), FP8, by_column)
+
+
+def _room_rounded(x: Tensor, rounded: bool) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0] * x.shape[1]
+    if not rounded:
+        return _not_rounded(x)
+    return x.new_empty(rows, x.shape[2], dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
+
+
+def _not_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0, dtype=FP8), x.new_empty(0, dtype=torch.float32)
 
 
 def _no_sums(like: Tensor) -> Tensor:
@@ -266,47 +321,57 @@ def _sums(like: Tensor, count: int, wanted: bool) -> Tensor:
     )
 
 
-_SEEN = "Tensor shift, Tensor scale"
+_RESIDUAL = "Tensor gate, Tensor branch"
+_ENTERED = "Tensor shift, Tensor scale, bool rounded"
 _GRADS = "Tensor grad_stream, Tensor grad_y"
 _STATISTICS = "Tensor mean, Tensor size, bool with_sums"
+_ROUNDED = "bool rounded, Tensor? by_column"
+
+
+def _schema(arguments: str, results: int) -> str:
+    return f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
+
 
 _enter_operator = operators.custom_op(
-    "polyrank::enter", _enter, mutates_args=(), schema=f"(Tensor x, {_SEEN}) -> (Tensor, Tensor, Tensor)"
+    "polyrank::enter", _enter, mutates_args=(), schema=_schema(f"Tensor x, {_ENTERED}", 5)
 )
 _leave_and_enter_operator = operators.custom_op(
-    "polyrank::leave_and_enter", _leave_and_enter, mutates_args=(),
-    schema=f"(Tensor x, Tensor gate, Tensor branch, {_SEEN}) -> (Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
+    "polyrank::leave_and_enter",
+    _leave_and_enter,
+    mutates_args=(),
+    schema=_schema(f"Tensor x, {_RESIDUAL}, {_ENTERED}", 6),
+)
 _enter_backward_operator = operators.custom_op(
     "polyrank::enter_backward", _enter_backward, mutates_args=(),
-    schema=f"({_GRADS}, Tensor x, Tensor scale, {_STATISTICS}) -> (Tensor, Tensor)",
+    schema=_schema(f"{_GRADS}, Tensor x, Tensor scale, {_STATISTICS}", 2),
 )  # fmt: skip
 _leave_and_enter_backward_operator = operators.custom_op(
     "polyrank::leave_and_enter_backward", _leave_and_enter_backward, mutates_args=(),
-    schema=f"({_GRADS}, Tensor stream, Tensor gate, Tensor branch, Tensor scale, {_STATISTICS}) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema=_schema(f"{_GRADS}, Tensor stream, {_RESIDUAL}, Tensor scale, {_STATISTICS}, {_ROUNDED}", 5),
 )  # fmt: skip
 _leave_backward_operator = operators.custom_op(
     "polyrank::leave_backward", _leave_backward, mutates_args=(),
-    schema="(Tensor grad, Tensor gate, Tensor branch) -> (Tensor, Tensor)",
+    schema=_schema(f"Tensor grad, {_RESIDUAL}, {_ROUNDED}", 4),
 )  # fmt: skip
 
 
-def _room(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _room(x: Tensor, rounded: bool) -> tuple[Tensor, ...]:
     mean, size = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, size
+    return x.new_empty(x.shape), mean, size, *_room_rounded(x, rounded)
 
 
 @_enter_operator.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, shift: Tensor, scale: Tensor, rounded: bool) -> tuple[Tensor, ...]:
     del shift, scale
-    return _room(x)
+    return _room(x, rounded)
 
 
 @_leave_and_enter_operator.register_fake
-def _(x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del others
-    return x.new_empty(x.shape), *_room(x)
+def _(
+    x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, rounded: bool
+) -> tuple[Tensor, ...]:
+    del gate, branch, shift, scale
+    return x.new_empty(x.shape), *_room(x, rounded)
 
 
 @_enter_backward_operator.register_fake
@@ -316,12 +381,19 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @_leave_and_enter_backward_operator.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    stream, branch, with_sums = arguments[2], arguments[4], arguments[-1]
-    return stream.new_empty(stream.shape), branch.new_empty(branch.shape), _sums(stream, 3, with_sums)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    stream, branch, with_sums, rounded = (arguments[i] for i in (2, 4, 8, 9))
+    return (
+        stream.new_empty(stream.shape),
+        branch.new_empty(branch.shape),
+        _sums(stream, 3, with_sums),
+        *_room_rounded(branch, rounded),
+    )
 
 
 @_leave_backward_operator.register_fake
-def _(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    del gate
-    return branch.new_empty(branch.shape), _sums(grad, 1, True)
+def _(
+    grad: Tensor, gate: Tensor, branch: Tensor, rounded: bool, by_column: Tensor | None
+) -> tuple[Tensor, ...]:
+    del gate, by_column
+    return branch.new_empty(branch.shape), _sums(grad, 1, True), *_room_rounded(branch, rounded)

@@ -88,20 +88,15 @@ def test_the_operators_hold_torchs_contract():
     torch.manual_seed(0)
     own, (shift, scale, gate) = torch.ops.polyrank, modulation(trained=False)
     x, branch, grad_stream, grad_y = (stream(trained=False) for _ in range(4))
-    stream_after, _, mean, size = own.leave_and_enter(x, gate, branch, shift, scale)
-    calls = {
-        own.enter: (x, shift, scale),
-        own.leave_and_enter: (x, gate, branch, shift, scale),
-        own.leave_backward: (grad_y, gate, branch),
-    }
-    for operator, arguments in calls.items():
-        operators.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-    for with_sums in (True, False):
-        saved = (scale, mean, size, with_sums)
-        both = (grad_stream, grad_y, stream_after)
+    stream_after, _, mean, size, _, _ = own.leave_and_enter(x, gate, branch, shift, scale, False)
+    saved, by_column = (grad_stream, grad_y, stream_after), torch.rand(1, D)
+    for yes in (True, False):  # as they are asked for sums and rounding, and as they are not
         for operator, arguments in (
-            (own.enter_backward, (*both, *saved)),
-            (own.leave_and_enter_backward, (*both, gate, branch, *saved)),
+            (own.enter, (x, shift, scale, yes)),
+            (own.leave_and_enter, (x, gate, branch, shift, scale, yes)),
+            (own.enter_backward, (*saved, scale, mean, size, yes)),
+            (own.leave_and_enter_backward, (*saved, gate, branch, scale, mean, size, yes, yes, by_column)),
+            (own.leave_backward, (grad_y, gate, branch, yes, by_column)),
         ):
             operators.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -135,11 +130,11 @@ def test_kernels_compute_what_the_formulas_say(dtype, width, monkeypatch):
     def all_of_it():
         back = (grad_stream, grad_y, x)
         return [
-            *norms._enter(x, shift, scale),
-            *norms._leave_and_enter(x, gate, branch, shift, scale),
+            *norms._enter(x, shift, scale, False)[:3],
+            *norms._leave_and_enter(x, gate, branch, shift, scale, False)[:4],
             *norms._enter_backward(*back, scale, means, sizes, True),
-            *norms._leave_and_enter_backward(*back, gate, branch, scale, means, sizes, True),
-            *norms._leave_backward(grad_y, gate, branch),
+            *norms._leave_and_enter_backward(*back, gate, branch, scale, means, sizes, True, False, None)[:3],
+            *norms._leave_backward(grad_y, gate, branch, False, None)[:2],
         ]
 
     found, again = all_of_it(), all_of_it()
