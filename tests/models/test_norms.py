@@ -7,7 +7,7 @@ import torch
 from torch import library as operators
 from torch import nn
 
-from library.models import norms
+from library.models import norms, rounding
 from library.models.heads import EPSILON
 from library.models.layers import ModulationOut
 
@@ -144,3 +144,38 @@ def test_kernels_compute_what_the_formulas_say(dtype, width, monkeypatch):
     for one, other in zip(found, all_of_it(), strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+@gpu
+def test_kernels_round_what_they_have_made():
+    device = torch.device("cuda")
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    torch.manual_seed(0)
+    x, branch, grad_stream, grad_y = (torch.randn(B, 301, 3072, device=device).bfloat16() for _ in range(4))
+    shift, scale, gate = (torch.randn(B, 1, 3072, device=device).bfloat16() for _ in range(3))
+    sizes, means, by_column = (
+        torch.rand(count, device=device) + 0.5 for count in ((B, 301), (B, 301), (1, 3072))
+    )
+    saved = (grad_stream, grad_y, x, gate, branch, scale, means, sizes, True)
+    for made, plain, place, weights in (
+        (norms._enter(x, shift, scale, True), norms._enter(x, shift, scale, False), 0, None),
+        (
+            norms._leave_and_enter(x, gate, branch, shift, scale, True),
+            norms._leave_and_enter(x, gate, branch, shift, scale, False), 1, None,
+        ),
+        (
+            norms._leave_and_enter_backward(*saved, True, by_column),
+            norms._leave_and_enter_backward(*saved, False, None), 1, by_column,
+        ),
+        (
+            norms._leave_backward(grad_y, gate, branch, True, by_column),
+            norms._leave_backward(grad_y, gate, branch, False, None), 0, by_column,
+        ),
+    ):  # fmt: skip
+        assert all(torch.equal(one, other) for one, other in zip(made[:-2], plain[:-2], strict=True))
+        rounded, scales = rounding._by_formula(made[place].flatten(0, 1), rounding.FP8, weights)
+        torch.testing.assert_close(made[-1], scales, rtol=1e-6, atol=0)
+        exact = (made[-2].float() - rounded.float()).abs() < 1e-6
+        assert exact.float().mean() > 0.999, "but for what lies half way between two numbers"
+        torch.testing.assert_close(made[-2].float(), rounded.float(), rtol=1 / 7, atol=0.01)
