@@ -17,11 +17,13 @@ from torch import Tensor
 
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 8
-PROGRAMS = 256  # that share the rows of a batch backward: two for each multiprocessor of a large card
+# That share the rows of a batch backward: as many as a large card holds at once, which is one a multiprocessor with a
+# residual. Each has some rows, so that there are few sums to add up.
+PROGRAMS = 256
+PROGRAMS_WITH_RESIDUAL = 128
+_FEWEST_ROWS = 4
 STAGES = 3  # backward: how many rows a program has at hand, read or being read
-_RESERVE = (
-    16 * 1024
-)  # bytes of a multiprocessor's shared memory that rows read ahead leave for sums over a row
+_RESERVE = 16 * 1024  # bytes of shared memory that rows read ahead leave for sums along a row
 _ADDED = 32  # columns and rows at once where sums are added up
 
 
@@ -211,16 +213,14 @@ def enter_backward(
     gate, branch = (_rows(gate), _rows(branch)) if residual else (stream, stream)
     grad_x = torch.empty((batches, tokens, columns), dtype=stream.dtype, device=stream.device)
     grad_branch = torch.empty_like(grad_x, dtype=branch.dtype) if residual else grad_x
-    programs = _programs(tokens, batches)
+    programs = _programs(tokens, batches, PROGRAMS_WITH_RESIDUAL if residual else PROGRAMS)
     sums = _partial(stream, programs, 3 if residual else 2) if with_sums else sizes
     rounded = _rounded(grad_branch, smallest)
-    block, read = (
-        triton.next_power_of_2(columns),
-        (grad_stream, grad_y, stream, *([branch] if residual else [])),
-    )
+    read = (grad_stream, grad_y, stream, branch)[: 4 if residual else 3]
+    block = triton.next_power_of_2(columns)
     _enter_backward[(programs, batches)](
         grad_stream, grad_y, stream, gate, branch, scale, means, sizes, grad_x, grad_branch, sums,
-        sizes if by_column is None else by_column, *(rounded or (grad_x, sizes)), smallest or 0.0,
+        _weights(by_column, sizes, rounded), *(rounded or (grad_x, sizes)), smallest or 0.0,
         tokens, columns, *stream.stride()[:2], gate.stride(0), *branch.stride()[:2], scale.stride(0),
         *grad_stream.stride()[:2], *grad_y.stride()[:2],
         RESIDUAL=residual, SUMS=with_sums, ROUND=bool(rounded), BLOCK=block, STAGES=_stages(block, read),
@@ -239,13 +239,13 @@ def leave_backward(
     batches, tokens, columns = grad.shape
     grad, gate, branch = _rows(grad), _rows(gate), _rows(branch)
     grad_branch = torch.empty((batches, tokens, columns), dtype=branch.dtype, device=branch.device)
-    programs = _programs(tokens, batches)
+    programs = _programs(tokens, batches, PROGRAMS)
     sums = _partial(branch, programs, 1)
     rounded = _rounded(grad_branch, smallest)
     block = triton.next_power_of_2(columns)
     _leave_backward[(programs, batches)](
         grad, gate, branch, grad_branch, sums,
-        sums if by_column is None else by_column, *(rounded or (grad_branch, sums)), smallest or 0.0,
+        _weights(by_column, sums, rounded), *(rounded or (grad_branch, sums)), smallest or 0.0,
         tokens, columns, *grad.stride()[:2], gate.stride(0), *branch.stride()[:2],
         ROUND=bool(rounded), BLOCK=block, STAGES=_stages(block, (grad, branch)), num_warps=BACKWARD_WARPS,
     )  # fmt: skip
@@ -263,6 +263,13 @@ def _rounded(like: Tensor, smallest: float | None) -> tuple[Tensor, ...]:
     )
 
 
+def _weights(by_column: Tensor | None, unused: Tensor, rounded: tuple[Tensor, ...]) -> Tensor:
+    if not rounded:
+        return unused
+    numbers, scales = rounded
+    return scales.new_ones(numbers.shape[1]) if by_column is None else by_column.contiguous()
+
+
 def _stages(block: int, read: tuple[Tensor, ...]) -> int:
     """How many rows of all that is read a program may have at hand on this card."""
     row = block * sum(tensor.element_size() for tensor in read)
@@ -275,8 +282,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _programs(tokens: int, batches: int) -> int:
-    return min(tokens, triton.cdiv(PROGRAMS, batches))
+def _programs(tokens: int, batches: int, most: int) -> int:
+    """How many share the tokens of each batch."""
+    return min(triton.cdiv(tokens, _FEWEST_ROWS), triton.cdiv(most, batches))
 
 
 def _partial(like: Tensor, programs: int, count: int) -> Tensor:
