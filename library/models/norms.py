@@ -11,6 +11,10 @@ gate get, where something trained is behind them. A compiler makes several kerne
 one wrote. Compiled blocks on an NVIDIA GPU take the kernels of `library.models.norms_kernel`; the same operators are
 plain arithmetic elsewhere, which is what tests hold the kernels against. Numbers are float32 within, and rounded once.
 
+Operators can also round what a Linear layer will see to 8 bits, as `library.models.rounding` would, while they have it at
+hand: `rounded` asks for it, and the last two results, empty else, are rows [B L, D] and their scales [B L, 1]. Only
+`library.models.rounding_pass` asks.
+
 Shape letters: B batch, L tokens, D hidden size. Streams and branches are [B, L, D], shift, scale and gate [B, 1, D].
 """
 
@@ -25,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch import library as operators
 
+from library.models import norms_formulas
 from library.models.heads import EPSILON
 from library.models.kernels import trusted
 from library.models.rounding import FP8, SMALLEST_SCALE, round_rows
@@ -139,12 +144,15 @@ def _kernels(device: torch.device) -> Any:
         residuals: list[tuple[Tensor | None, Tensor | None]] = [(None, None), (gate, branch)]
         for before in residuals:
             made = kernels.enter(x, *before, shift, scale, EPSILON)
-            wanted = _plain_enter(x, *before, shift, scale)
+            wanted = norms_formulas.enter(x, *before, shift, scale, EPSILON)
             saved = (grad_stream, grad_y, wanted[0], *before, scale, *wanted[2:])
-            back, formula = kernels.enter_backward(*saved, with_sums=True), _plain_enter_backward(*saved)
+            back, formula = (
+                kernels.enter_backward(*saved, with_sums=True),
+                norms_formulas.enter_backward(*saved),
+            )
             pairs += [*zip(made, wanted, strict=True), *zip(back, formula, strict=True)]
         left = (grad_y, gate, branch)
-        pairs += zip(kernels.leave_backward(*left), _plain_leave_backward(*left), strict=True)
+        pairs += zip(kernels.leave_backward(*left), norms_formulas.leave_backward(*left), strict=True)
         if torch.cuda.get_device_capability(device) >= _FIRST_WITH_FP8:
             pairs += _rounded_pairs(kernels, x, gate, branch, scale)
         return [pair for pair in pairs if pair[0] is not None]
@@ -157,7 +165,7 @@ def _rounded_pairs(
 ) -> list[tuple[Tensor, Tensor]]:
     """What the kernels round, against what was to be rounded; 8 bits count a quarter, as they are off by up to 4 %."""
     by_column = torch.linspace(0.5, 2, x.shape[-1], device=x.device)[None]
-    *_, mean, size = _plain_enter(x, None, None, gate, scale)
+    *_, mean, size = norms_formulas.enter(x, None, None, gate, scale, EPSILON)
     back = (x, branch, x, gate, branch, scale, mean, size)
     options = {"by_column": by_column, "smallest": SMALLEST_SCALE}
     pairs = []
@@ -175,48 +183,6 @@ def _rounded_pairs(
 
 def _plain(x: Tensor) -> bool:
     return not x.is_cuda or _kernels(x.device) is None
-
-
-def _plain_enter(
-    x: Tensor, gate: Tensor | None, branch: Tensor | None, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The stream (without a branch x itself), y, and the stream's mean and 1 / deviation [B, L], by the formulas."""
-    stream = x
-    if gate is not None and branch is not None:
-        stream = torch.addcmul(x.float(), gate.float(), branch.float()).to(x.dtype)
-    normal, mean, size = torch.native_layer_norm(stream.float(), x.shape[-1:], None, None, EPSILON)
-    y = torch.addcmul(shift.float(), 1 + scale.float(), normal).to(x.dtype)
-    return stream, y, mean.squeeze(-1), size.squeeze(-1)
-
-
-def _plain_enter_backward(  # noqa: PLR0913 (what one operator takes)
-    grad_stream: Tensor,
-    grad_y: Tensor,
-    stream: Tensor,
-    gate: Tensor | None,
-    branch: Tensor | None,
-    scale: Tensor,
-    mean: Tensor,
-    size: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of x and the branch, and of shift, scale and gate [B, 2 or 3, D] float32, by the formulas."""
-    mean, size = mean[..., None], size[..., None]
-    normal, wide = (stream.float() - mean) * size, grad_y.float()
-    back = wide * (1 + scale.float())
-    along = (back * normal).mean(dim=-1, keepdim=True)
-    total = grad_stream.float() + size * (back - back.mean(dim=-1, keepdim=True) - normal * along)
-    sums = [wide.sum(dim=1), (wide * normal).sum(dim=1)]
-    grad_branch = None
-    if gate is not None and branch is not None:
-        sums.append((total * branch.float()).sum(dim=1))
-        grad_branch = (total * gate.float()).to(branch.dtype)
-    return total.to(stream.dtype), grad_branch, torch.stack(sums, dim=1)
-
-
-def _plain_leave_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    wide = grad.float()
-    sums = (wide * branch.float()).sum(dim=1, keepdim=True)
-    return (wide * gate.float()).to(branch.dtype), sums
 
 
 def _enter(x: Tensor, shift: Tensor, scale: Tensor, rounded: bool) -> tuple[Tensor, ...]:
@@ -239,7 +205,7 @@ def _entered(
             x, gate, branch, shift, scale, EPSILON, SMALLEST_SCALE if rounded else None
         )
         return made if rounded else (*made, *_not_rounded(x))
-    made = _plain_enter(x, gate, branch, shift, scale)
+    made = norms_formulas.enter(x, gate, branch, shift, scale, EPSILON)
     return *made, *(_round(made[1], None) if rounded else _not_rounded(x))
 
 
@@ -249,7 +215,7 @@ def _enter_backward(
     """The gradient of x, and sums over tokens [B, 2, D] float32 for shift and scale, empty unless asked for."""
     saved = (grad_stream, grad_y, x, None, None, scale, mean, size)
     if _plain(x):
-        grad_x, _, sums = _plain_enter_backward(*saved)
+        grad_x, _, sums = norms_formulas.enter_backward(*saved)
     else:
         grad_x, _, sums = _kernels(x.device).enter_backward(*saved, with_sums=with_sums)
     return grad_x, sums if with_sums else _no_sums(x)
@@ -271,7 +237,7 @@ def _leave_and_enter_backward(  # noqa: PLR0913 (what one operator takes)
     """Gradients of x and the branch, and sums [B, 3, D] for shift, scale and gate; the branch's rounded."""
     saved = (grad_stream, grad_y, stream, gate, branch, scale, mean, size)
     if _plain(stream):
-        grad_x, grad_branch, sums = _plain_enter_backward(*saved)
+        grad_x, grad_branch, sums = norms_formulas.enter_backward(*saved)
         low = _round(cast(Tensor, grad_branch), by_column) if rounded else ()
     else:
         grad_x, grad_branch, sums, *low = _kernels(stream.device).enter_backward(
@@ -294,7 +260,7 @@ def _leave_backward(
             grad, gate, branch, by_column, SMALLEST_SCALE if rounded else None
         )
         return made if rounded else (*made, *_not_rounded(grad))
-    made = _plain_leave_backward(grad, gate, branch)
+    made = norms_formulas.leave_backward(grad, gate, branch)
     return *made, *(_round(made[0], by_column) if rounded else _not_rounded(grad))
 
 
