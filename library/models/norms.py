@@ -11,8 +11,8 @@ gate get, where something trained is behind them. A compiler makes several kerne
 one wrote. Compiled blocks on an NVIDIA GPU take the kernels of `library.models.norms_kernel`; the same operators are
 plain arithmetic elsewhere, which is what tests hold the kernels against. Numbers are float32 within, and rounded once.
 
-Operators can also round what a Linear layer will see to 8 bits, as `library.models.rounding` would, while they have it at
-hand: `rounded` asks for it, and the last two results, empty else, are rows [B L, D] and their scales [B L, 1]. Only
+Operators can also round what a Linear layer will see to 8 bits, as `library.models.rounding` would, while they have it
+at hand: `rounded` asks for it, and the last two results, empty else, are rows [B L, D] and their scales [B L, 1]. Only
 `library.models.rounding_pass` asks.
 
 Shape letters: B batch, L tokens, D hidden size. Streams and branches are [B, L, D], shift, scale and gate [B, 1, D].
