@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.models import heads, norms
 from library.models.activation_checkpoint import Recomputation, SavedOnHost
 from library.models.block_swap import BlockSwap, SwapPlan
 from library.models.compilation import CompiledBlocks
-from library.models.heads import fits
 from library.models.layers import (
     EMBEDDING_WIDTH,
     DoubleStreamBlock,
@@ -42,17 +42,17 @@ class Flux(nn.Module):
         self.recomputation: Recomputation | None = None
         self.swap: BlockSwap | None = None
         self.compiled: CompiledBlocks | None = None
-        hidden, heads, mlp = params.hidden_size, params.num_heads, params.mlp_hidden
+        hidden, num_heads, mlp = params.hidden_size, params.num_heads, params.mlp_hidden
         self.img_in = nn.Linear(params.in_channels, hidden)
         self.time_in = MLPEmbedder(EMBEDDING_WIDTH, hidden)
         self.vector_in = MLPEmbedder(params.vec_in_dim, hidden)
         self.guidance_in = MLPEmbedder(EMBEDDING_WIDTH, hidden) if params.guidance_embed else nn.Identity()
         self.txt_in = nn.Linear(params.context_in_dim, hidden)
         self.double_blocks = nn.ModuleList(
-            DoubleStreamBlock(hidden, heads, mlp, params.qkv_bias) for _ in range(params.depth)
+            DoubleStreamBlock(hidden, num_heads, mlp, params.qkv_bias) for _ in range(params.depth)
         )
         self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(hidden, heads, mlp) for _ in range(params.depth_single_blocks)
+            SingleStreamBlock(hidden, num_heads, mlp) for _ in range(params.depth_single_blocks)
         )
         self.final_layer = LastLayer(hidden, params.out_channels)
 
@@ -111,7 +111,7 @@ class Flux(nn.Module):
         """
         for block in self.blocks:
             assert isinstance(block, (DoubleStreamBlock, SingleStreamBlock))
-            block.one_pass = fits(block.qk_norms)
+            block.one_pass = heads.fits(block.qk_norms) and norms.fits(block.stream_norms)
         self.compiled = CompiledBlocks(self.blocks, backend=backend, shapes=shapes)
         return self.compiled
 

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.models import norms
 from library.models.gelu import GELU
 from library.models.heads import EPSILON, Heads, join_streams, split_inner
 from library.models.rope import Rotation, rotate
@@ -114,15 +115,33 @@ class SelfAttention(nn.Module):
 
 
 class ModulationOut(NamedTuple):
-    """Shift, scale and gate of one residual branch, each [B, 1, D]."""
+    """Shift, scale and gate of one residual branch, each [B, 1, D].
+
+    Streams `x` and what branches make of them are [B, L, D]. With `one_pass` the operators of `library.models.norms`
+    are taken.
+    """
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
-    def enter(self, x: Tensor) -> Tensor:
-        """What the branch sees of the normalised stream `x` [B, L, D]."""
-        return torch.addcmul(self.shift, 1 + self.scale, x)
+    def enter(self, x: Tensor, norm: nn.Module, *, one_pass: bool) -> tuple[Tensor, Tensor]:
+        """The stream, to go on with, and what the branch sees of it."""
+        if one_pass:
+            return norms.enter(x, self.shift, self.scale)
+        return x, torch.addcmul(self.shift, 1 + self.scale, norm(x))
+
+    def leave(self, x: Tensor, branch: Tensor, *, one_pass: bool) -> Tensor:
+        """The stream after the branch."""
+        return norms.leave(x, self.gate, branch) if one_pass else torch.addcmul(x, self.gate, branch)
+
+    def leave_for(
+        self, following: ModulationOut, x: Tensor, branch: Tensor, norm: nn.Module, *, one_pass: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The stream after the branch, and what the following one sees of it."""
+        if one_pass:
+            return norms.leave_and_enter(x, self.gate, branch, following.shift, following.scale)
+        return following.enter(self.leave(x, branch, one_pass=False), norm, one_pass=False)
 
 
 class Modulation(nn.Module):
@@ -141,7 +160,7 @@ class Modulation(nn.Module):
 class DoubleStreamBlock(nn.Module):
     """Image and text streams with weights of their own and one joint attention."""
 
-    one_pass = False  # whether the operators of library.models.heads are taken where the block is compiled
+    one_pass = False  # whether the operators of `heads` and `norms` are taken where the block is compiled
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_hidden: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -161,26 +180,37 @@ class DoubleStreamBlock(nn.Module):
         """The normalisations of queries and keys."""
         return self.img_attn.norm, self.txt_attn.norm
 
+    @property
+    def stream_norms(self) -> tuple[nn.Module, ...]:
+        """Those in front of the branches."""
+        return self.img_norm1, self.img_norm2, self.txt_norm1, self.txt_norm2
+
     def forward(
         self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`img` [B, N, D] and `txt` [B, T, D] after the block; `rotation` and `mask` cover [txt, img]."""
+        one_pass = self.one_pass and torch.compiler.is_compiling()
         img_attn_mod, img_mlp_mod = self.img_mod(vec)
         txt_attn_mod, txt_mlp_mod = self.txt_mod(vec)
-        img_qkv = self.img_attn.qkv(img_attn_mod.enter(self.img_norm1(img)))
-        txt_qkv = self.txt_attn.qkv(txt_attn_mod.enter(self.txt_norm1(txt)))
-        joint = attention(self._heads(txt_qkv, img_qkv, rotation), mask)
+        img, img_seen = img_attn_mod.enter(img, self.img_norm1, one_pass=one_pass)
+        txt, txt_seen = txt_attn_mod.enter(txt, self.txt_norm1, one_pass=one_pass)
+        img_qkv, txt_qkv = self.img_attn.qkv(img_seen), self.txt_attn.qkv(txt_seen)
+        joint = attention(self._heads(txt_qkv, img_qkv, rotation, one_pass=one_pass), mask)
         txt_out, img_out = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
-        img = torch.addcmul(img, img_attn_mod.gate, self.img_attn.proj(img_out))
-        img = torch.addcmul(img, img_mlp_mod.gate, self.img_mlp(img_mlp_mod.enter(self.img_norm2(img))))
-        txt = torch.addcmul(txt, txt_attn_mod.gate, self.txt_attn.proj(txt_out))
-        txt = torch.addcmul(txt, txt_mlp_mod.gate, self.txt_mlp(txt_mlp_mod.enter(self.txt_norm2(txt))))
+        img, img_seen = img_attn_mod.leave_for(
+            img_mlp_mod, img, self.img_attn.proj(img_out), self.img_norm2, one_pass=one_pass
+        )
+        img = img_mlp_mod.leave(img, self.img_mlp(img_seen), one_pass=one_pass)
+        txt, txt_seen = txt_attn_mod.leave_for(
+            txt_mlp_mod, txt, self.txt_attn.proj(txt_out), self.txt_norm2, one_pass=one_pass
+        )
+        txt = txt_mlp_mod.leave(txt, self.txt_mlp(txt_seen), one_pass=one_pass)
         return img, txt
 
-    def _heads(self, txt_qkv: Tensor, img_qkv: Tensor, rotation: Rotation) -> Heads:
+    def _heads(self, txt_qkv: Tensor, img_qkv: Tensor, rotation: Rotation, *, one_pass: bool) -> Heads:
         """Normalised and rotated queries and keys, and values, of both streams."""
         txt, img, num_heads = self.txt_attn.norm, self.img_attn.norm, self.img_attn.num_heads
-        if self.one_pass and torch.compiler.is_compiling():
+        if one_pass:
             return join_streams(txt_qkv, img_qkv, txt.scales, img.scales, rotation, num_heads)
         streams = (normalised(txt_qkv, txt, num_heads), normalised(img_qkv, img, num_heads))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(*streams, strict=True))
@@ -208,17 +238,26 @@ class SingleStreamBlock(nn.Module):
         """The normalisation of queries and keys."""
         return (self.norm,)
 
+    @property
+    def stream_norms(self) -> tuple[nn.Module, ...]:
+        """That in front of the branch."""
+        return (self.pre_norm,)
+
     def forward(self, x: Tensor, vec: Tensor, rotation: Rotation, mask: Tensor | None = None) -> Tensor:
         """`x` [B, L, D] after the block."""
+        one_pass = self.one_pass and torch.compiler.is_compiling()
         (mod,) = self.modulation(vec)
-        inner = self.linear1(mod.enter(self.pre_norm(x)))
-        if self.one_pass and torch.compiler.is_compiling():
+        x, seen = mod.enter(x, self.pre_norm, one_pass=one_pass)
+        inner = self.linear1(seen)
+        if one_pass:
             heads, mlp = split_inner(inner, self.norm.scales, rotation, self.num_heads)
         else:
             qkv, mlp = inner[..., : 3 * self.hidden_size], inner[..., 3 * self.hidden_size :]
             heads = rotated(*normalised(qkv, self.norm, self.num_heads), rotation)
             mlp = self.mlp_act(mlp)
-        return torch.addcmul(x, mod.gate, self.linear2(torch.cat((attention(heads, mask), mlp), dim=-1)))
+        branch = self.linear2(torch.cat((attention(heads, mask), mlp), dim=-1))
+        out: Tensor = mod.leave(x, branch, one_pass=one_pass)
+        return out
 
 
 class LastLayer(nn.Module):

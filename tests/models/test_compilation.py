@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from library.config.sections.network import NetworkConfig
-from library.models import compilation, frozen
+from library.models import compilation, frozen, products, rounding, rounding_pass
 from library.models.compilation import STATIC_SHAPES
 from library.models.precision import block_linears
 from networks.interface import create
@@ -155,6 +155,34 @@ def test_some_blocks_recompute_what_is_cheap_and_the_others_keep_all():
         model.recompute_first(blocks)
         alike(gradients(model, network, inputs), expected)
         assert counter.frame_count == graphs, "each form of each class is compiled once"
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_what_norms_and_gates_make_is_rounded_there(joins, monkeypatch):
+    """As on a GPU, where rounding is an operator: the numbers stay, but for the place where they are rounded."""
+    monkeypatch.setattr(
+        products, "round_rows", lambda x, dtype, by_column=None: torch.ops.polyrank.round_rows(x, by_column)
+    )
+    monkeypatch.setattr(rounding, "_kernel", lambda device: None)
+    found, left = [], []
+    for join in (lambda graph: None, rounding_pass.JoinRounding()):
+        seen: list[str] = []
+
+        def compiler(graph, _inputs, join=join, seen=seen):
+            join(graph.graph)
+            graph.graph.lint()
+            graph.recompile()
+            seen.extend(str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        torch._dynamo.reset()
+        model, network = trained(scaled="fp8", joins=joins)
+        model.enable_compilation(backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))
+        found.append(gradients(model, network))
+        left.append(seen.count("polyrank.round_rows.default"))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    # Both ways two branches of two streams in a double block, one in a single block.
+    assert left[0] - left[1] == 2 * (2 * 2 + 1)
 
 
 @pytest.mark.parametrize("cheap", [None, True])
