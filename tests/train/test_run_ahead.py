@@ -24,7 +24,9 @@ STEPS = 6
 @contextmanager
 def trainer(*words: str) -> Iterator[tuple[Trainer, Iterator]]:
     """A tiny run whose optimizer can leave out steps, unless `words` say otherwise."""
-    own, config = parse(["--size", "tiny", "--resolutions", "64x64", "--seed", "1", *words])
+    own, config = parse(
+        ["--size", "tiny", "--resolutions", "64x64", "--seed", "1", "--attention", "math", *words]
+    )
     with connected(config) as backend:
         job, _, made = assemble(config, backend, SIZES[own.size], own.resolutions)
         made.limits = type(made.limits)(
