@@ -1,7 +1,7 @@
 """Few rows times a weight in 8 bits with a scale for each group of inputs, as one Triton kernel.
 
-`library.models.few_rows` imports it where there is a GPU. Weights are read once, which is what takes the time; the tensor
-cores multiply all rows at once and add up in float32, a group at a time.
+`library.models.few_rows` imports it where there is a GPU. Weights are read once, which is what takes the time; the
+tensor cores multiply all rows at once and add up in float32, a group at a time.
 """
 
 # mypy: ignore-errors
@@ -48,15 +48,15 @@ def _kernel(
 
 
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """`x` [B, in], 16 bits a number, times `weight` [out, in] int8 with `scale` [groups, out] float32, plus `bias` [out].
+    """`x` [B, in] times `weight` [out, in] int8 with `scale` [groups, out] float32, plus `bias` [out].
 
-    The result is [B, out] in the dtype of `x`.
+    `x` and the result [B, out] have 16 bits a number.
     """
     (rows, inputs), outputs = x.shape, weight.shape[0]
     x, out = x.contiguous(), x.new_empty(rows, outputs)
     _kernel[(triton.cdiv(outputs, _OUTPUTS),)](
         x, weight, scale, out if bias is None else bias, out, rows, inputs, outputs, scale.shape[0],
-        BIASED=bias is not None, ROWS=max(_LEAST_ROWS, triton.next_power_of_2(rows)), OUTPUTS=_OUTPUTS, GROUP=group,
-        STAGES=_STAGES, num_warps=4,
+        BIASED=bias is not None, ROWS=max(_LEAST_ROWS, triton.next_power_of_2(rows)), OUTPUTS=_OUTPUTS,
+        GROUP=group, STAGES=_STAGES, num_warps=4,
     )  # fmt: skip
     return out
