@@ -10,9 +10,11 @@ so that an adapter need not know how the weight is stored. `weight` is one of
 - wide: a float dtype that is multiplied as it is;
 - narrow: float8_e4m3fn without a scale, as in Kohya's fp8 files, cast up for each product (`fp8_base`);
 - scaled: float8_e4m3fn or int8 with one scale for each output row in `weight_scale`; activations, and in the
-  backward pass their gradients, get one scale for each token, and the GPU multiplies 8 bits (`base_compute`).
+  backward pass their gradients, get one scale for each token, and the GPU multiplies 8 bits (`base_compute`);
+- grouped: int8 with one scale for each output and each few inputs in `group_scale`, for layers that see one row a
+  sample (`base_compute`); activations stay as they are.
 
-The arithmetic is in `library.models.products`.
+The arithmetic is in `library.models.products` and `library.models.few_rows`.
 
 Shape letters: T tokens (all leading dimensions of x), r rank.
 """
@@ -26,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.models.products import JoinedProduct, NarrowProduct, ScaledProduct
+from library.models import few_rows
+from library.models.products import GroupedProduct, JoinedProduct, NarrowProduct, ScaledProduct
 from library.models.rounding import FP8, LARGEST, SMALLEST_SCALE, to_8_bits
 
 LowRank = tuple[Tensor, Tensor]  # down [r, in] and up [out, r], strength included
@@ -71,6 +74,18 @@ def store_scaled(
     install(linear)
 
 
+@torch.no_grad()
+def store_grouped(linear: nn.Linear, *, device: torch.device | None = None) -> None:
+    """Turn the weight of a layer that sees one row a sample into 8 bits, in place, and `install` it.
+
+    `device` is as in `store_scaled`.
+    """
+    weight, scale = few_rows.grouped(linear.weight.detach())
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_buffer("group_scale", scale.to(device or scale.device), persistent=False)
+    install(linear)
+
+
 def keep_transposed_copy(linear: nn.Linear) -> None:
     """Hold the weight transposed as well, which the backward pass of scaled fp8 multiplies with."""
     if is_scaled(linear) and linear.weight.dtype == FP8:
@@ -78,14 +93,21 @@ def keep_transposed_copy(linear: nn.Linear) -> None:
 
 
 def is_scaled(linear: nn.Linear) -> bool:
-    """Whether the weight has scales."""
+    """Whether the weight has a scale for each row."""
     return isinstance(getattr(linear, "weight_scale", None), Tensor)
+
+
+def is_grouped(linear: nn.Linear) -> bool:
+    """Whether the weight has a scale for each group of inputs."""
+    return isinstance(getattr(linear, "group_scale", None), Tensor)
 
 
 def wide_weight(linear: nn.Linear) -> Tensor:
     """The weight [out, in] that the layer multiplies with, in float32."""
-    wide = linear.weight.detach().float()
-    return wide * cast(Tensor, linear.weight_scale).T if is_scaled(linear) else wide
+    weight = linear.weight.detach()
+    if is_grouped(linear):
+        return few_rows.widened(weight, cast(Tensor, linear.group_scale).float(), torch.float32)
+    return weight.float() * cast(Tensor, linear.weight_scale).T if is_scaled(linear) else weight.float()
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
@@ -99,7 +121,7 @@ def _joining_forward(self: nn.Linear, x: Tensor, low_rank: LowRank | None = None
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x = x.to(dtype)
     bias = None if self.bias is None else self.bias.to(dtype)
-    if is_scaled(self):
+    if is_scaled(self) or is_grouped(self):
         return _scaled_linear(self, x, bias, low_rank)
     if low_rank is not None:
         down, up = (factor.to(dtype) for factor in low_rank)
@@ -115,10 +137,16 @@ def _joining_forward(self: nn.Linear, x: Tensor, low_rank: LowRank | None = None
 def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: LowRank | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     down, up = (None, None) if low_rank is None else (factor.to(x.dtype) for factor in low_rank)
-    transposed = getattr(linear, "weight_transposed", None)
-    out: Tensor = ScaledProduct.apply(  # type: ignore[no-untyped-call]
-        flat, linear.weight, linear.weight_scale.float(), transposed, bias, down, up
-    )
+    out: Tensor
+    if is_grouped(linear):
+        out = GroupedProduct.apply(  # type: ignore[no-untyped-call]
+            flat, linear.weight, linear.group_scale.float(), bias, down, up
+        )
+    else:
+        transposed = getattr(linear, "weight_transposed", None)
+        out = ScaledProduct.apply(  # type: ignore[no-untyped-call]
+            flat, linear.weight, linear.weight_scale.float(), transposed, bias, down, up
+        )
     return out.view(*x.shape[:-1], -1)
 
 

@@ -75,7 +75,7 @@ def load_flux(  # noqa: PLR0913 (each is an option of the trainer)
     weight_dtype: torch.dtype | None = None,
     mmap: bool = True,
     blocks_to_swap: int = 0,
-    finish: Callable[[nn.Linear], None] | None = None,
+    finish: Callable[[str, nn.Linear], None] | None = None,
     option: str = "pretrained_model_name_or_path",
 ) -> Flux:
     """The transformer at `path`: a BFL or diffusers file, shards of either, a ComfyUI checkpoint, a
@@ -83,7 +83,7 @@ def load_flux(  # noqa: PLR0913 (each is an option of the trainer)
 
     See `Placement` for the arguments; `option` is the name that errors mention. Blocks that
     `Flux.enable_block_swap(blocks_to_swap)` will let travel stay in main memory. `finish` may store the
-    weight of a block's Linear in another way, one layer at a time, while it is on `device`.
+    weight of a block's Linear, whose name it gets, in another way, one layer at a time, while it is on `device`.
 
     Raises:
         CheckpointError: another kind of file, or tensors missing, unknown or of a wrong shape.
@@ -148,7 +148,7 @@ def load_t5(
 
 
 def _fill(
-    model: Model, part: Part, placement: Placement, finish: Callable[[nn.Linear], None] | None = None
+    model: Model, part: Part, placement: Placement, finish: Callable[[str, nn.Linear], None] | None = None
 ) -> Model:
     """Put every tensor of `part` into `model`, which has none yet."""
     recipes = part.recipes()
@@ -173,7 +173,7 @@ def _fill(
                 layer = model.get_submodule(name.rpartition(".")[0])
                 assert isinstance(layer, nn.Linear), "is_block_weight names Linear layers"
                 layer.weight = nn.Parameter(tensor, requires_grad=False)
-                finish(layer)
+                finish(name, layer)
                 tensor = layer.weight.detach()
             _assign(model, name, tensor.to(placement.device_of(name)))
     if finish is None and any(parameter.dtype == precision.STORAGE for parameter in model.parameters()):

@@ -24,6 +24,8 @@ _LARGEST = 448.0  # of float8_e4m3fn; a larger number would become NaN
 _BLOCK_WEIGHT = re.compile(
     r"((double|single)_blocks\.\d+\.(?!.*norm)|encoder\.block\.\d+\.(?!.*(norm|bias))).*\.weight$"
 )
+# Of them, those that see one row a sample.
+_MODULATION_WEIGHT = re.compile(r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.lin\.weight$")
 
 
 def is_block_weight(name: str) -> bool:
@@ -31,13 +33,20 @@ def is_block_weight(name: str) -> bool:
     return _BLOCK_WEIGHT.match(name) is not None
 
 
+def is_modulation_weight(name: str) -> bool:
+    """Whether the parameter `name` makes a block's shifts, scales and gates of the conditioning vector."""
+    return _MODULATION_WEIGHT.match(name) is not None
+
+
+def block_weights(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linear layers whose weights `is_block_weight` names, by that name."""
+    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {name: linear for name, linear in linears.items() if is_block_weight(name)}
+
+
 def block_linears(model: nn.Module) -> list[nn.Linear]:
     """The Linear layers whose weights `is_block_weight` names."""
-    return [
-        layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and is_block_weight(f"{name}.weight")
-    ]
+    return list(block_weights(model).values())
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch import library as operators
 from torch.nn import functional as F
 
+from library.models import few_rows
 from library.models.aside import Aside
 from library.models.rounding import FP8, round_rows
 
@@ -116,6 +117,47 @@ class ScaledProduct(torch.autograd.Function):
         return grad_x if needs_input else None, None, None, None, grad_bias, grad_down, grad_up
 
 
+class GroupedProduct(torch.autograd.Function):
+    """The product of few rows x [B, in] with a grouped W, and the sum with factors; `scale` is [groups, out].
+
+    Without factors it keeps nothing of x, with them x and x down^T [B, r].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+    ) -> Tensor:
+        if down is None or up is None:
+            ctx.save_for_backward(weight, scale, None, None, None, None)
+            return cast(Tensor, _operator("few_rows")(x, weight, scale, bias))
+        out, hidden = _operator("joined")(x, None, None, weight, scale, bias, down, up)
+        ctx.save_for_backward(weight, scale, x, hidden, down, up)
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        weight, scale, x, hidden, down, up = ctx.saved_tensors
+        needs_input = ctx.needs_input_grad[0]
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
+        grad_x = grad_down = grad_up = None
+        if needs_input:  # only where something before the blocks is trained
+            weight = few_rows.widened(weight, scale, grad.dtype)
+        if up is not None:
+            grad_x, grad_down, grad_up = _operator("joined_backward")(
+                grad, None, None, weight, x, hidden, down, up, needs_input
+            )
+        elif needs_input:
+            grad_x = grad @ weight
+        return grad_x if needs_input else None, None, None, grad_bias, grad_down, grad_up
+
+
 def multiply(
     x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None, bias: Tensor | None
 ) -> Tensor:
@@ -163,15 +205,20 @@ def _joined(  # noqa: PLR0913 (what one operator takes)
     down: Tensor,
     up: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The sum [T, out], and x down^T [T, r]. `rounded` is x in 8 bits for a scaled weight, else None."""
+    """The sum [T, out], and x down^T [T, r]. `rounded` is x in 8 bits for a scaled weight, else None.
+
+    `by_column` are the scales of a scaled weight, [1, out], or of a grouped one, [groups, out].
+    """
     hidden = x.new_empty(x.shape[0], down.shape[0])
     aside = Aside(x.device, rows=x.shape[0])
     with aside:
         torch.mm(x, down.t(), out=hidden)
-    if rounded is None or by_row is None:
-        out = F.linear(x, weight.to(x.dtype), bias)
-    else:
+    if rounded is not None and by_row is not None:
         out = multiply(rounded, by_row, weight.t(), by_column, bias).to(x.dtype)
+    elif by_column is not None:
+        out = few_rows.multiply(x, weight, by_column, bias)
+    else:
+        out = F.linear(x, weight.to(x.dtype), bias)
     aside.join()
     return out.addmm_(hidden, up.t()), hidden
 
@@ -212,8 +259,11 @@ def _joined_backward(  # noqa: PLR0913 (what one operator takes)
 def _operator(name: str) -> Any:
     """The operator for a compiler, which costs a trip through the dispatcher that only it wants; else the function."""
     if torch.compiler.is_compiling():
-        return torch.ops.polyrank.joined if name == "joined" else torch.ops.polyrank.joined_backward
-    return _joined if name == "joined" else _joined_backward
+        return getattr(torch.ops.polyrank, name)
+    return _PLAIN[name]
+
+
+_PLAIN = {"joined": _joined, "joined_backward": _joined_backward, "few_rows": few_rows.multiply}
 
 
 _joined_operator = operators.custom_op(

@@ -128,7 +128,7 @@ def choose(
         "recompute_blocks: %d of %d (activations of a block %.1f GB, %.1f GB free)",
         blocks, number, costs.kept[-1] / 1e9, max(0, room.bytes - costs.all_recomputed) / 1e9,
     )  # fmt: skip
-    linears = block_linears(transformer)
+    linears = [linear for linear in block_linears(transformer) if frozen.is_scaled(linear)]
     copies = sum(linear.weight.nbytes for linear in linears)
     if blocks == 0 and transformer.swap is None and room(costs.of(0) + copies):
         for linear in linears:

@@ -19,7 +19,7 @@ from library.distributed.precision import DTYPES
 from library.errors import EnvironmentUnsupported
 from library.models import attention, compilation, frozen
 from library.models.flux import Flux
-from library.models.precision import block_linears
+from library.models.precision import block_weights, is_modulation_weight
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,12 @@ class Speed:
             )
         return asked
 
-    def scale(self, linear: nn.Linear) -> None:
-        """Store one layer's weight as `scaled` says."""
+    def scale(self, name: str, linear: nn.Linear) -> None:
+        """Store one layer's weight, the parameter `name`, as `scaled` says."""
         assert self.scaled is not None, "only where there is something to do"
+        if is_modulation_weight(name):  # an error there hits all tokens alike, so it does not average out
+            frozen.store_grouped(linear, device=self.device)
+            return
         memory = self.config.memory
         # A block's activations save more time for their bytes than the copy does, so those are kept first.
         recomputes = memory.gradient_checkpointing and memory.recompute_blocks != 0
@@ -89,17 +92,17 @@ class Speed:
         """Settle attention and frozen products: base weights are merged, nothing is on the layers yet."""
         memory = self.config.memory
         attention.settle(memory.attention, self._attention, device=self.device)
-        linears = block_linears(transformer)
+        weights = block_weights(transformer)
         if self.scaled is not None:
-            for linear in linears:
-                if not frozen.is_scaled(linear):
-                    self.scale(linear)
+            for name, linear in weights.items():
+                if not (frozen.is_scaled(linear) or frozen.is_grouped(linear)):
+                    self.scale(name, linear)
             logger.info("base_compute: the blocks multiply %s", self.scaled)
         # ZeRO-3 brings weights to the module that is called, and a joined adapter's factors are not.
         brings = self.config.distributed.uses_deepspeed and self.config.distributed.zero_stage == 3
         automatic = memory.join_adapter == "auto" and self.device.type == "cuda" and not brings
         if memory.join_adapter == "on" or automatic:
-            for linear in linears:
+            for linear in weights.values():
                 frozen.install_joining(linear)
 
     def after_network(self, transformer: Flux, *, steps: int, shapes: int) -> None:

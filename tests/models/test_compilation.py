@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from library.config.sections.network import NetworkConfig
 from library.models import compilation, frozen, products, rounding, rounding_pass
 from library.models.compilation import STATIC_SHAPES
-from library.models.precision import block_linears
+from library.models.precision import block_weights, is_modulation_weight
 from networks.interface import create
 
 PARAMS = flux_params(depth=2, singles=2)
@@ -59,8 +59,10 @@ def test_a_stop_signal_to_all_processes_leaves_those_that_compile(monkeypatch):
 
 def trained(config=LORA, *, joins=False, scaled=None):
     model = random_flux(PARAMS).requires_grad_(False).train()
-    for linear in block_linears(model):
-        if scaled:
+    for name, linear in block_weights(model).items():
+        if scaled and is_modulation_weight(name):
+            frozen.store_grouped(linear)
+        elif scaled:
             frozen.store_scaled(linear, scaled, keep_transposed=False)
         if joins:
             frozen.install_joining(linear)
@@ -142,6 +144,9 @@ def test_recomputing_what_is_cheap_repeats_no_attention_and_no_narrow_product(op
     if "joins" in options:
         assert forward.count("polyrank.joined.default") == 10 + 3
         assert backward.count("polyrank.joined.default") == 2 + 1
+    else:  # the products of few rows are kept
+        assert forward.count("polyrank.few_rows.default") == 2 + 1
+        assert backward.count("polyrank.few_rows.default") == 0
 
 
 def test_some_blocks_recompute_what_is_cheap_and_the_others_keep_all():

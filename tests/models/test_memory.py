@@ -11,12 +11,13 @@ from torch import nn
 
 from library.config.sections.network import NetworkConfig
 from library.errors import ConfigError
+from library.models import frozen
 from library.models.activation_checkpoint import Recomputation, SavedOnHost
 from library.models.block_swap import PLACES, BlockSwap, SwapPlan, largest_swap
 from library.models.flux import Flux
 from library.models.load import Placement
 from library.models.params import FluxParams
-from library.models.precision import store_blocks_in_fp8
+from library.models.precision import block_weights, is_modulation_weight, store_blocks_in_fp8
 from networks.interface import NetworkHandle, create
 from tools.bench_swap import main
 
@@ -38,11 +39,15 @@ ADAPTERS = {
 }  # fmt: skip
 
 
-def trained(adapter: str = "lora", *, fp8: bool = False) -> tuple[Flux, NetworkHandle]:
+def trained(adapter: str = "lora", *, fp8: bool = False, few: bool = False) -> tuple[Flux, NetworkHandle]:
     """A frozen model with an adapter that does something, in train mode; the same one every time."""
     model = random_flux(PARAMS).requires_grad_(False).train()
     if fp8:
         store_blocks_in_fp8(model)
+    for name, linear in block_weights(model).items() if few else ():
+        if is_modulation_weight(name):
+            frozen.store_grouped(linear)
+            frozen.install_joining(linear)
     torch.manual_seed(0)
     network = create(ADAPTERS[adapter], text_encoders=[], transformer=model)
     network.apply()
@@ -132,11 +137,20 @@ def test_swapping_changes_no_output_and_no_gradient(swapped, blocks):
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize(
-    ("adapter", "fp8"), [("lokr", False), ("dora", False), ("oft", False), ("lora", True), ("lokr", True)]
+    ("adapter", "stored"),
+    [
+        ("lokr", {}),
+        ("dora", {}),
+        ("oft", {}),
+        ("lora", {"fp8": True}),
+        ("lokr", {"fp8": True}),
+        ("lora", {"few": True}),
+        ("lokr", {"few": True}),
+    ],
 )
-def test_other_adapters_and_8_bit_weights_swap_too(adapter, fp8, recompute):
+def test_other_adapters_and_8_bit_weights_swap_too(adapter, stored, recompute):
     def run(swapped: int) -> list[torch.Tensor]:
-        model, network = trained(adapter, fp8=fp8)
+        model, network = trained(adapter, **stored)
         if recompute:
             model.enable_gradient_checkpointing()
         if swapped:
