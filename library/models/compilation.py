@@ -139,9 +139,6 @@ def _configure() -> type[Exception]:
     for name in ("force_non_lazy_backward_lowering", "autograd_cache_allow_custom_autograd_functions"):
         if hasattr(autograd, name):  # not in every torch
             setattr(autograd, name, True)
-    inductor: Any = importlib.import_module("torch._inductor.config")
-    passes: Any = importlib.import_module("library.models.rounding_pass")
-    inductor.post_grad_custom_post_pass = passes.JoinRounding()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     failure: type[Exception] = dynamo.exc.TorchDynamoException
     return failure

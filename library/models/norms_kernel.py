@@ -6,7 +6,7 @@ have summed is added up by a second kernel in a fixed order, which makes sums th
 """
 
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202, C901, PLR0913
+# ruff: noqa: ANN001, ANN202, PLR0913
 
 from __future__ import annotations
 
@@ -15,32 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORWARD_WARPS = 4
-BACKWARD_WARPS = 8
-# That share the rows of a batch backward: as many as a large card holds at once, which is one a multiprocessor with a
-# residual. Each has some rows, so that there are few sums to add up.
-PROGRAMS = 256
-PROGRAMS_WITH_RESIDUAL = 128
+# Fastest for 3,072 columns on an H200. Backward: warps, and how many rows a program has at hand, read or being read.
+ENTER_WARPS = 4
+ENTER_BACKWARD = (4, 4)
+LEAVE_AND_ENTER_BACKWARD = (8, 4)
+LEAVE_BACKWARD = (8, 5)
+# That share the rows of a batch backward: one for each multiprocessor of a large card. Each has some rows, so that
+# there are few sums to add up.
+PROGRAMS = 128
 _FEWEST_ROWS = 4
-STAGES = 3  # backward: how many rows a program has at hand, read or being read
 _RESERVE = 16 * 1024  # bytes of shared memory that rows read ahead leave for sums along a row
-_ADDED = 32  # columns and rows at once where sums are added up
-
-
-@triton.jit
-def _round(numbers, rounded, scales, row, columns, inside, smallest):
-    """A row of float32 numbers to 8 bits, and its scale: what `library.models.rounding` makes of it."""
-    scale = tl.maximum(tl.max(tl.abs(numbers), axis=0) / 448.0, smallest)
-    tl.store(scales + row, scale)
-    place = row * columns + tl.arange(0, numbers.shape[0])
-    tl.store(rounded + place, (numbers * (1.0 / scale)).to(rounded.dtype.element_ty), mask=inside)
+_ADDED = 32  # columns at once where sums are added up
 
 
 @triton.jit
 def _enter(
-    x, gate, branch, shift, scale, stream, y, means, sizes, rounded, row_scales,
-    columns, x_batch, x_row, gate_batch, branch_batch, branch_row, shift_batch, scale_batch, epsilon, smallest,
-    RESIDUAL: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    x, gate, branch, shift, scale, stream, y, means, sizes,
+    columns, x_batch, x_row, gate_batch, branch_batch, branch_row, shift_batch, scale_batch, epsilon,
+    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -52,9 +44,9 @@ def _enter(
         added = tl.load(branch + batch * branch_batch + token * branch_row + place, mask=inside, other=0.0)
         strength = tl.load(gate + batch * gate_batch + place, mask=inside, other=0.0)
         wide += strength.to(tl.float32) * added.to(tl.float32)
-        narrow = wide.to(stream.dtype.element_ty)
-        tl.store(stream + row * columns + place, narrow, mask=inside)
-        wide = narrow.to(tl.float32)  # normalised is what the backward pass will find
+        rounded = wide.to(stream.dtype.element_ty)
+        tl.store(stream + row * columns + place, rounded, mask=inside)
+        wide = rounded.to(tl.float32)  # normalised is what the backward pass will find
     mean = tl.sum(wide, axis=0) / columns
     centred = tl.where(inside, wide - mean, 0.0)
     size = tl.rsqrt(tl.sum(centred * centred, axis=0) / columns + epsilon)
@@ -62,19 +54,16 @@ def _enter(
     tl.store(sizes + row, size)
     factor = 1 + tl.load(scale + batch * scale_batch + place, mask=inside, other=0.0).to(tl.float32)
     term = tl.load(shift + batch * shift_batch + place, mask=inside, other=0.0).to(tl.float32)
-    seen = (centred * size * factor + term).to(y.dtype.element_ty)
-    tl.store(y + row * columns + place, seen, mask=inside)
-    if ROUND:
-        _round(seen.to(tl.float32), rounded, row_scales, row, columns, inside, smallest)
+    seen = centred * size * factor + term
+    tl.store(y + row * columns + place, seen.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _enter_backward(
     grad_stream, grad_y, stream, gate, branch, scale, means, sizes, grad_x, grad_branch, sums,
-    by_column, rounded, row_scales, smallest,
     tokens, columns, stream_batch, stream_row, gate_batch, branch_batch, branch_row, scale_batch,
     grad_stream_batch, grad_stream_row, grad_y_batch, grad_y_row,
-    RESIDUAL: tl.constexpr, SUMS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     programs = tl.num_programs(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -86,8 +75,6 @@ def _enter_backward(
     of_gate = tl.zeros((BLOCK,), tl.float32)
     if RESIDUAL:
         strength = tl.load(gate + batch * gate_batch + place, mask=inside, other=0.0).to(tl.float32)
-    if ROUND:
-        weight = tl.load(by_column + place, mask=inside, other=0.0)
     for token in tl.range(tl.program_id(0), tokens, programs, num_stages=STAGES):
         row = batch * tokens + token
         wide = tl.load(stream + batch * stream_batch + token * stream_row + place, mask=inside, other=0.0).to(
@@ -113,10 +100,6 @@ def _enter_backward(
         if RESIDUAL:
             back_there = (total * strength).to(grad_branch.dtype.element_ty)
             tl.store(grad_branch + row * columns + place, back_there, mask=inside)
-            if ROUND:
-                _round(
-                    back_there.to(tl.float32) * weight, rounded, row_scales, row, columns, inside, smallest
-                )
         if SUMS:
             of_shift += grad
             of_scale += grad * normal
@@ -133,9 +116,9 @@ def _enter_backward(
 
 @triton.jit
 def _leave_backward(
-    grad, gate, branch, grad_branch, sums, by_column, rounded, row_scales, smallest,
+    grad, gate, branch, grad_branch, sums,
     tokens, columns, grad_batch, grad_row, gate_batch, branch_batch, branch_row,
-    ROUND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     programs = tl.num_programs(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -143,8 +126,6 @@ def _leave_backward(
     inside = place < columns
     strength = tl.load(gate + batch * gate_batch + place, mask=inside, other=0.0).to(tl.float32)
     of_gate = tl.zeros((BLOCK,), tl.float32)
-    if ROUND:
-        weight = tl.load(by_column + place, mask=inside, other=0.0)
     for token in tl.range(tl.program_id(0), tokens, programs, num_stages=STAGES):
         wide = tl.load(grad + batch * grad_batch + token * grad_row + place, mask=inside, other=0.0).to(
             tl.float32
@@ -153,35 +134,26 @@ def _leave_backward(
         row = batch * tokens + token
         back_there = (wide * strength).to(grad_branch.dtype.element_ty)
         tl.store(grad_branch + row * columns + place, back_there, mask=inside)
-        if ROUND:
-            _round(back_there.to(tl.float32) * weight, rounded, row_scales, row, columns, inside, smallest)
         of_gate += wide * added.to(tl.float32)
     tl.store(sums + (batch * programs + tl.program_id(0)) * columns + place, of_gate, mask=inside)
 
 
 @triton.jit
-def _add_up(sums, out, programs, columns, SIDE: tl.constexpr):
-    """`sums` [B, programs, columns] over the programs: `out` [B, columns]."""
+def _add_up(sums, out, programs, columns, ROWS: tl.constexpr, SIDE: tl.constexpr):
+    """`sums` [B, programs, columns] over the programs, at most ROWS: `out` [B, columns]."""
     batch = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * SIDE + tl.arange(0, SIDE)[None, :]
-    which = tl.arange(0, SIDE)[:, None]
+    which = tl.arange(0, ROWS)[:, None]
     inside = column < columns
-    total = tl.zeros((SIDE, SIDE), tl.float32)
-    for start in range(0, programs, SIDE):
-        place = (batch * programs + start + which) * columns + column
-        total += tl.load(sums + place, mask=inside & (start + which < programs), other=0.0)
-    found = tl.sum(total, axis=0)[None, :]
-    tl.store(out + batch * columns + column, found, mask=inside)
+    place = (batch * programs + which) * columns + column
+    numbers = tl.load(sums + place, mask=inside & (which < programs), other=0.0)
+    tl.store(out + batch * columns + column, tl.sum(numbers, axis=0)[None, :], mask=inside)
 
 
 def enter(
-    x: Tensor, gate: Tensor | None, branch: Tensor | None, shift: Tensor, scale: Tensor, epsilon: float,
-    smallest: float | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The stream after its residual (`x` [B, L, D] itself without), y [B, L, D], means and sizes [B, L].
-
-    With the `smallest` scale of a row, also y in 8 bits [B L, D] and its rows' scales [B L, 1].
-    """
+    x: Tensor, gate: Tensor | None, branch: Tensor | None, shift: Tensor, scale: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `library.models.norms_formulas.enter`."""
     batches, tokens, columns = x.shape
     x, shift, scale = _rows(x), _rows(shift), _rows(scale)
     residual = gate is not None
@@ -189,92 +161,61 @@ def enter(
     y = torch.empty((batches, tokens, columns), dtype=x.dtype, device=x.device)
     stream = torch.empty_like(y) if residual else x
     means, sizes = (torch.empty(batches, tokens, dtype=torch.float32, device=x.device) for _ in range(2))
-    rounded = _rounded(y, smallest)
     _enter[(tokens, batches)](
-        x, gate, branch, shift, scale, stream, y, means, sizes, *(rounded or (y, means)),
-        columns, *x.stride()[:2], gate.stride(0), *branch.stride()[:2], shift.stride(0), scale.stride(0),
-        epsilon, smallest or 0.0,
-        RESIDUAL=residual, ROUND=bool(rounded), BLOCK=triton.next_power_of_2(columns), num_warps=FORWARD_WARPS,
+        x, gate, branch, shift, scale, stream, y, means, sizes,
+        columns, *x.stride()[:2], gate.stride(0), *branch.stride()[:2], shift.stride(0), scale.stride(0), epsilon,
+        RESIDUAL=residual, BLOCK=triton.next_power_of_2(columns), num_warps=ENTER_WARPS,
     )  # fmt: skip
-    return stream, y, means, sizes, *rounded
+    return stream, y, means, sizes
 
 
 def enter_backward(
     grad_stream: Tensor, grad_y: Tensor, stream: Tensor, gate: Tensor | None, branch: Tensor | None, scale: Tensor,
-    means: Tensor, sizes: Tensor, *, with_sums: bool, by_column: Tensor | None = None, smallest: float | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x and of the branch [B, L, D], and sums over tokens [B, 2 or 3, D] float32: shift, scale, gate.
-
-    With the `smallest` scale of a row, also the branch's gradient times `by_column` [1, D] in 8 bits, and scales.
-    """
+    means: Tensor, sizes: Tensor, with_sums: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """As `library.models.norms_formulas.enter_backward`."""
     batches, tokens, columns = stream.shape
     grad_stream, grad_y, stream, scale = (_rows(tensor) for tensor in (grad_stream, grad_y, stream, scale))
     residual = gate is not None
     gate, branch = (_rows(gate), _rows(branch)) if residual else (stream, stream)
     grad_x = torch.empty((batches, tokens, columns), dtype=stream.dtype, device=stream.device)
-    grad_branch = torch.empty_like(grad_x, dtype=branch.dtype) if residual else grad_x
-    programs = _programs(tokens, batches, PROGRAMS_WITH_RESIDUAL if residual else PROGRAMS)
-    sums = _partial(stream, programs, 3 if residual else 2) if with_sums else sizes
-    rounded = _rounded(grad_branch, smallest)
-    read = (grad_stream, grad_y, stream, branch)[: 4 if residual else 3]
+    grad_branch = torch.empty_like(grad_x, dtype=branch.dtype) if residual else None
+    programs = _programs(tokens, batches)
+    sums = _partial(stream, programs, 3 if residual else 2) if with_sums else sizes.new_empty(0)
+    warps, stages = LEAVE_AND_ENTER_BACKWARD if residual else ENTER_BACKWARD
     block = triton.next_power_of_2(columns)
+    read = (grad_stream, grad_y, stream, branch)[: 4 if residual else 3]
     _enter_backward[(programs, batches)](
         grad_stream, grad_y, stream, gate, branch, scale, means, sizes, grad_x, grad_branch, sums,
-        _weights(by_column, sizes, rounded), *(rounded or (grad_x, sizes)), smallest or 0.0,
         tokens, columns, *stream.stride()[:2], gate.stride(0), *branch.stride()[:2], scale.stride(0),
         *grad_stream.stride()[:2], *grad_y.stride()[:2],
-        RESIDUAL=residual, SUMS=with_sums, ROUND=bool(rounded), BLOCK=block, STAGES=_stages(block, read),
-        num_warps=BACKWARD_WARPS,
+        RESIDUAL=residual, SUMS=with_sums, BLOCK=block, STAGES=_stages(stages, block, read), num_warps=warps,
     )  # fmt: skip
-    return grad_x, grad_branch if residual else None, _added_up(sums) if with_sums else None, *rounded
+    return grad_x, grad_branch, _added_up(sums) if with_sums else sums
 
 
-def leave_backward(
-    grad: Tensor, gate: Tensor, branch: Tensor, by_column: Tensor | None = None, smallest: float | None = None
-) -> tuple[Tensor, ...]:
-    """The gradient of the branch [B, L, D], and the sum over tokens [B, 1, D] float32 for its gate.
-
-    With the `smallest` scale of a row, also that gradient times `by_column` [1, D] in 8 bits, and scales.
-    """
+def leave_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """As `library.models.norms_formulas.leave_backward`."""
     batches, tokens, columns = grad.shape
     grad, gate, branch = _rows(grad), _rows(gate), _rows(branch)
     grad_branch = torch.empty((batches, tokens, columns), dtype=branch.dtype, device=branch.device)
-    programs = _programs(tokens, batches, PROGRAMS)
+    programs = _programs(tokens, batches)
     sums = _partial(branch, programs, 1)
-    rounded = _rounded(grad_branch, smallest)
+    warps, stages = LEAVE_BACKWARD
     block = triton.next_power_of_2(columns)
     _leave_backward[(programs, batches)](
         grad, gate, branch, grad_branch, sums,
-        _weights(by_column, sums, rounded), *(rounded or (grad_branch, sums)), smallest or 0.0,
         tokens, columns, *grad.stride()[:2], gate.stride(0), *branch.stride()[:2],
-        ROUND=bool(rounded), BLOCK=block, STAGES=_stages(block, (grad, branch)), num_warps=BACKWARD_WARPS,
+        BLOCK=block, STAGES=_stages(stages, block, (grad, branch)), num_warps=warps,
     )  # fmt: skip
-    return grad_branch, _added_up(sums), *rounded
+    return grad_branch, _added_up(sums)
 
 
-def _rounded(like: Tensor, smallest: float | None) -> tuple[Tensor, ...]:
-    """Room for a tensor [B, L, D] in 8 bits, [B L, D], and for its rows' scales [B L, 1], if it is to be rounded."""
-    if smallest is None:
-        return ()
-    rows = like.shape[0] * like.shape[1]
-    return (
-        torch.empty(rows, like.shape[2], dtype=torch.float8_e4m3fn, device=like.device),
-        torch.empty(rows, 1, dtype=torch.float32, device=like.device),
-    )
-
-
-def _weights(by_column: Tensor | None, unused: Tensor, rounded: tuple[Tensor, ...]) -> Tensor:
-    if not rounded:
-        return unused
-    numbers, scales = rounded
-    return scales.new_ones(numbers.shape[1]) if by_column is None else by_column.contiguous()
-
-
-def _stages(block: int, read: tuple[Tensor, ...]) -> int:
+def _stages(most: int, block: int, read: tuple[Tensor, ...]) -> int:
     """How many rows of all that is read a program may have at hand on this card."""
     row = block * sum(tensor.element_size() for tensor in read)
     room = torch.cuda.get_device_properties(read[0].device).shared_memory_per_block_optin - _RESERVE
-    return max(1, min(STAGES, 1 + room // row))
+    return max(1, min(most, 1 + room // row))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -282,9 +223,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _programs(tokens: int, batches: int, most: int) -> int:
+def _programs(tokens: int, batches: int) -> int:
     """How many share the tokens of each batch."""
-    return min(triton.cdiv(tokens, _FEWEST_ROWS), triton.cdiv(most, batches))
+    return min(triton.cdiv(tokens, _FEWEST_ROWS), triton.cdiv(PROGRAMS, batches))
 
 
 def _partial(like: Tensor, programs: int, count: int) -> Tensor:
@@ -295,6 +236,6 @@ def _added_up(sums: Tensor) -> Tensor:
     batches, programs, count, columns = sums.shape
     out = torch.empty(batches, count, columns, dtype=torch.float32, device=sums.device)
     _add_up[(triton.cdiv(count * columns, _ADDED), batches)](
-        sums, out, programs, count * columns, SIDE=_ADDED, num_warps=4
+        sums, out, programs, count * columns, ROWS=triton.next_power_of_2(programs), SIDE=_ADDED, num_warps=4
     )
     return out
