@@ -21,7 +21,7 @@ from library.models.kernels import trusted
 from library.models.rounding import LARGEST, SMALLEST_SCALE, to_8_bits
 
 GROUP = 128  # inputs
-_FEW = 64  # rows; more pay for a copy of the weight in their own dtype
+_FEW = 32  # rows, as many as the kernel is tried with; more pay for a copy of the weight in their own dtype
 
 
 def grouped(weight: Tensor) -> tuple[Tensor, Tensor]:

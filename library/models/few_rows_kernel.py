@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 _OUTPUTS = 32  # of one program
-_STAGES = 5  # loads of so many groups are under way at a time
+_WARPS = 2  # with more, several would widen the same weights
+_STAGES = 6  # loads of so many groups are under way at a time
 _LEAST_ROWS = 16  # what the tensor cores multiply at once
 
 
@@ -57,6 +58,6 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, grou
     _kernel[(triton.cdiv(outputs, _OUTPUTS),)](
         x, weight, scale, out if bias is None else bias, out, rows, inputs, outputs, scale.shape[0],
         BIASED=bias is not None, ROWS=max(_LEAST_ROWS, triton.next_power_of_2(rows)), OUTPUTS=_OUTPUTS,
-        GROUP=group, STAGES=_STAGES, num_warps=4,
+        GROUP=group, STAGES=_STAGES, num_warps=_WARPS,
     )  # fmt: skip
     return out

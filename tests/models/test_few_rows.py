@@ -147,7 +147,7 @@ def test_the_kernel_computes_what_the_formula_says(inner, outer, dtype):
     torch.manual_seed(0)
     stored = few_rows.grouped(torch.randn(outer, inner, device=device))
     bias = torch.randn(outer, device=device, dtype=dtype)
-    for rows in (1, 2, 5, 16, 33, 64, 65):
+    for rows in (1, 2, 5, 16, 32, 33):
         x = torch.randn(rows, inner, device=device, dtype=dtype)
         wanted = x.float() @ few_rows.widened(*stored, torch.float32).T
         for with_bias in (None, bias):
