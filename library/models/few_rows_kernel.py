@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 _OUTPUTS = 32  # of one program
-_WARPS = 2  # with more, several would widen the same weights
-_STAGES = 6  # loads of so many groups are under way at a time
+_WARPS = 4
+_STAGES = 5  # loads of so many groups are under way at a time
 _LEAST_ROWS = 16  # what the tensor cores multiply at once
 
 
