@@ -212,7 +212,7 @@ MEANINGS: Mapping[str, Meaning] = {
     ),
     "disk-space": Meaning(
         "what the run will write does not fit on the disk",
-        "It fails when the disk is full; what was written before stays whole.",
+        "Saves fail while the disk is full; what was written before stays whole, the last files go elsewhere.",
         "free space, save less often, or keep fewer files (save_last_n_epochs)",
     ),
 }

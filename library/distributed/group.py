@@ -17,6 +17,7 @@ from library.errors import RankFollowed, RankLost
 POLL_SECONDS = 0.2
 # How gloo and NCCL say that the other end of a connection is gone
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exit")
+KEEPER_GONE = "another rank stopped: the rank that keeps the store is gone"
 HEAD_START = 0.3  # seconds in which rank 0 may be the first to say what all ranks find
 
 
@@ -41,6 +42,12 @@ class Group:
 
     def wait(self, name: str) -> None:
         """Wait without a timeout until every rank is here; an error of one rank ends all."""
+        try:
+            self._meet(name)
+        except dist.DistError as error:  # it may have left before its failure was read
+            raise RankFollowed(KEEPER_GONE) from error
+
+    def _meet(self, name: str) -> None:
         self.store.add(f"arrived/{name}", 1)
         while self.store.add(f"arrived/{name}", 0) < self.world.size:
             self._follow()
@@ -66,7 +73,7 @@ class Group:
             try:
                 first = self.store.compare_set("failure", "", mine).decode()
             except dist.DistError as error:
-                raise RankFollowed("another rank stopped: the rank that keeps the store is gone") from error
+                raise RankFollowed(KEEPER_GONE) from error
             if first != mine:
                 raise RankFollowed(f"another rank stopped: {first}")
             if any(words in failure for words in BROKEN):

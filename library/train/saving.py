@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from library.files.atomic import write_text
 from library.files.refusals import refusals_named
 from library.files.safetensors import SAVE_DTYPES
 from library.train.checkpoint import (
-    STATE_SUFFIX,
     SavedRun,
     clear_leftovers,
-    remove_run,
     save_run,
     what_is_wrong,
 )
+from library.train.elsewhere import Elsewhere
 from library.train.ema import Ema
 from library.train.naming import (
     SavePoint,
@@ -40,6 +39,7 @@ from library.train.naming import (
     step_stem,
     workflow_path,
 )
+from library.train.retention import must_go_first, remove, retired, state_path
 from library.train.run_log import Saved
 from library.train.state import TrainState
 from library.train.trainer import StepReport
@@ -97,6 +97,7 @@ class Saver:
         self.newest: Path | None = None  # the network file written last
         self.readers = ""  # the programs that load it
         self._best_stem = best_stem(config.output_name)
+        self._elsewhere = Elsewhere(self._folder, last_stem(config.output_name))
         if self._world.is_main:
             clear_leftovers(self._folder, config.output_name)
         self._checked = False  # whether it was said that a file was read back and is whole
@@ -104,7 +105,7 @@ class Saver:
     def model(self, stem: str, state: TrainState, *, epoch: int, final: bool = False) -> Path:
         """Write the network as `<stem>.<save_model_as>`; `epoch` is what ss_epoch says."""
         with self.weights.trained():
-            path = self._write(stem, state, epoch=epoch, what="model")
+            path = self._write(stem, state, epoch=epoch, what="model", final=final)
         self._upload(path, now=final)
         return path
 
@@ -113,7 +114,7 @@ class Saver:
         if self.weights.ema is None:
             return None
         with self.weights.ema.in_use():
-            path = self._write(average_stem(stem), state, epoch=epoch, what="ema")
+            path = self._write(average_stem(stem), state, epoch=epoch, what="ema", final=final)
         self._upload(path, now=final)
         return path
 
@@ -122,15 +123,17 @@ class Saver:
         with self.weights.judged():
             self._tried(lambda: self._write(self._best_stem, state, epoch=state.epochs_begun, what="best"))
 
-    def _write(self, stem: str, state: TrainState, *, epoch: int, what: str) -> Path:
+    def _write(self, stem: str, state: TrainState, *, epoch: int, what: str, final: bool = False) -> Path:
         """Write the weights that are in the network now."""
         path = model_path(self._config, stem)
         with self._backend.whole(self._network.module):
             start = time.perf_counter()
             if self._world.is_main:
-                dtype = SAVE_DTYPES[self._config.save_precision]
-                with refusals_named(path):
-                    self._network.save(path, dtype=dtype, metadata=self._about.metadata(state, epoch))
+                dtype, metadata = SAVE_DTYPES[self._config.save_precision], self._about.metadata(state, epoch)
+                # Other ranks wait in `whole`, so another place is tried in here.
+                path = self._put(
+                    path, lambda file: self._network.save(file, dtype=dtype, metadata=metadata), final=final
+                )
         if self._world.is_main:
             seconds = time.perf_counter() - start
             logger.info("saved %s (%.1f MB, %.1f s)", path, path.stat().st_size / 1e6, seconds)
@@ -140,6 +143,25 @@ class Saver:
             if what == "model":
                 self.saves, self.newest = self.saves + 1, path
         return path
+
+    def _put(self, path: Path, write: Callable[[Path], None], *, final: bool) -> Path:
+        """Let `write` make `path`; with `final`, no later save makes good for it, so it may go elsewhere.
+
+        Returns where it is.
+        """
+        try:
+            with refusals_named(path):
+                write(path)
+        except WriteFailed as error:
+            if not final:
+                raise
+            return self._elsewhere.put(path.name, write, error)
+        return path
+
+    @property
+    def misplaced(self) -> str:
+        """What is elsewhere because the output folder refused it, and what to do, in one sentence; else empty."""
+        return self._elsewhere.notice
 
     def _note(self, path: Path, state: TrainState, what: str) -> None:
         self.written = [*(old for old in self.written if old != path), path]
@@ -178,13 +200,12 @@ class Saver:
             )  # fmt: skip
             self._checked = True
 
-    def state(self, stem: str, state: TrainState) -> Path:
+    def state(self, stem: str, state: TrainState, *, final: bool = False) -> Path:
         """Write the state folder `<stem>-state`, with the weights that steps are taken from."""
-        folder = self._state_folder(stem)
+        folder = state_path(self._config, stem)
         run = self._capture(state)
         if self._world.is_main:
-            with refusals_named(folder):
-                save_run(folder, run)
+            folder = self._put(folder, lambda target: save_run(target, run), final=final)
             logger.info("saved the state in %s", folder)
             self._note(folder, state, "state")
             if self._config.save_state_to_huggingface:
@@ -192,9 +213,9 @@ class Saver:
         return folder
 
     def interrupted(self, state: TrainState) -> Path:
-        """Write the state of a run that was asked to stop."""
+        """Write the state of a run that was asked to stop. Returns where it is."""
         self._check_finite(state)
-        return self.state(step_stem(self._config.output_name, state.step), state)
+        return self.state(step_stem(self._config.output_name, state.step), state, final=True)
 
     def diverged(self, state: TrainState) -> Path | None:
         """Write the state before the step that was not finite; None where it is lost as well, or the disk refuses.
@@ -214,23 +235,31 @@ class Saver:
 
         Where that takes all ranks (ZeRO), or the disk refuses as well, the last state will have to do.
         """
-        folder = self._state_folder(step_stem(self._config.output_name, state.step))
+        folder = state_path(self._config, step_stem(self._config.output_name, state.step))
         if folder in self.written or not self._backend.captures_alone:
             return
         run = self._capture(state)
         if not _are_finite(run.network.values()):  # asked of the copy, as the GPU may have no memory left
             return
+
+        def write(target: Path) -> None:
+            try:
+                with refusals_named(target):
+                    save_run(target, run)
+            except WriteFailed:
+                if what_is_wrong(target) is not None:  # or another rank, in the same trouble, was faster
+                    raise
+
         try:
-            with refusals_named(folder):
-                save_run(folder, run)
+            kept = self._put(folder, write, final=True)
         except WriteFailed as error:
-            if what_is_wrong(folder) is not None:  # or another rank, in the same trouble, was faster
-                logger.error("%s", error)
-                return
-        self.written.append(folder)
+            logger.error("%s", error)
+            return
+        self.written.append(kept)
         logger.error(
-            "what is done, %d steps, is kept in %s; --resume auto goes on from there", state.step, folder
-        )
+            "what is done, %d steps, is kept in %s; --resume %s goes on from there",
+            state.step, kept, "auto" if kept == folder else kept,
+        )  # fmt: skip
 
     def at(self, point: SavePoint, state: TrainState, *, epoch: int) -> None:
         """Write what is due at `point`, then remove what it retires.
@@ -239,13 +268,18 @@ class Saver:
         not finite do, before they take the place of others: TrainingDiverged.
         """
         self._check_finite(state)
+        old = retired(self._config, point) if self._world.is_main else ()
+        if must_go_first(old, self.written):
+            logger.warning("%s is nearly full, so what is too old goes before a save", self._folder)
+            self._retire(old)
+            old = ()
         written = self._tried(lambda: self.model(point.stem, state, epoch=epoch))
         # Tried as well where the first failed: other ranks take part in it.
         written = self._tried(lambda: self.average(point.stem, state, epoch=epoch)) and written
         if self._config.save_state:
             written = self._tried(lambda: self.state(point.stem, state)) and written
-        if self._world.is_main and written:
-            self._retire(point)
+        if written:
+            self._retire(old)
 
     def _check_finite(self, state: TrainState) -> None:
         """Asked of all ranks together, which hold the same. Raises TrainingDiverged."""
@@ -259,28 +293,33 @@ class Saver:
             )
 
     def _tried(self, write: Callable[[], object]) -> bool:
-        try:
-            write()
-        except WriteFailed as error:
-            logger.error("%s Training goes on; nothing older is removed", error)
-            return False
-        return True
+        error = _refusal(write)
+        if error is not None:
+            logger.error("%s Training goes on; what is there stays", error)
+        return error is None
 
-    def final(self, state: TrainState, *, epoch: int) -> Path:
+    def final(self, state: TrainState, *, epoch: int) -> None:
         """Write the finished network, its average if there is one, and the last state if asked.
 
-        Raises TrainingDiverged where its weights are not finite.
+        Raises WriteFailed where the output folder took not all of it, after all was tried and is elsewhere if that
+        can be, and TrainingDiverged where weights are not finite.
         """
         self._check_finite(state)
-        path = self.model(last_stem(self._config.output_name), state, epoch=epoch, final=True)
-        self.average(last_stem(self._config.output_name), state, epoch=epoch, final=True)
-        self.written.sort(key=lambda written: written == path)  # last of all, for it is the result
+        stem = last_stem(self._config.output_name)
+        refusals = [
+            _refusal(lambda: self.model(stem, state, epoch=epoch, final=True)),
+            _refusal(lambda: self.average(stem, state, epoch=epoch, final=True)),
+        ]
+        result = model_path(self._config, stem).name
+        self.written.sort(key=lambda written: written.name == result)  # last of all
         best = model_path(self._config, self._best_stem)
         if self.weights.keeps_best and best.is_file():  # of this process, or of the run before it was resumed
             self._upload(best, now=True)
         if self._config.save_state or self._config.save_state_on_train_end:
-            self.state(last_stem(self._config.output_name), state)
-        return path
+            refusals.append(_refusal(lambda: self.state(stem, state, final=True)))
+        lost = [str(refusal) for refusal in refusals if refusal is not None]
+        if lost or self.misplaced:
+            raise WriteFailed(" ".join((*lost, self.misplaced)).strip())
 
     def finish(self) -> None:
         """Wait, not for ever, until everything is uploaded."""
@@ -295,29 +334,28 @@ class Saver:
                 logger.info("the last whole %s is %s", what, paths[-1])
         self.finish()
 
-    def _retire(self, point: SavePoint) -> None:
-        retired = (point.retires_model, average_stem(point.retires_model)) if point.retires_model else ()
-        for old in (model_path(self._config, stem) for stem in retired):
-            if old.exists():
-                for path in (old, workflow_path(old)):
-                    self._release(path)
-                    path.unlink(missing_ok=True)
-                logger.info("removed %s", old)
-                self.written = [path for path in self.written if path != old]
-        if point.retires_state and self._config.save_state:
-            old = self._state_folder(point.retires_state)
-            if old.exists():
-                self._release(old)
-                remove_run(old)
-                logger.info("removed %s", old)
-                self.written = [path for path in self.written if path != old]
-
-    def _state_folder(self, stem: str) -> Path:
-        return self._folder / f"{stem}{STATE_SUFFIX}"
+    def _retire(self, old: Sequence[Path]) -> None:
+        for path in old:
+            with suppress(OSError):
+                remove(path, self._release)
+            if path.exists():  # as where another program has it open
+                logger.warning("%s could not be removed", path)
+            else:
+                logger.info("removed %s", path)
+        self.written = [path for path in self.written if path not in old or path.exists()]
 
     def _release(self, path: Path) -> None:
         if self.uploader is not None:
             self.uploader.wait_for(path)
+
+
+def _refusal(write: Callable[[], object]) -> WriteFailed | None:
+    """Write, and give what the disk says against it."""
+    try:
+        write()
+    except WriteFailed as error:
+        return error
+    return None
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:

@@ -25,7 +25,7 @@ from library.data.records import Batch
 from library.distributed.base import Backend
 from library.distributed.launch import connect, launched_rank
 from library.distributed.precision import DTYPES
-from library.errors import Interrupted, TrainingDiverged, UserError
+from library.errors import Interrupted, TrainingDiverged, UserError, WriteFailed
 from library.files import comfyui
 from library.files.atomic import write_text
 from library.flow.objective import Objective
@@ -230,10 +230,10 @@ def train(job: Job) -> Trained:
             raise
         if left is not None:
             saver.finish()
-            raise Interrupted(
-                f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}; the state is in {left}, "
-                "go on with --resume auto"
-            )
+            stopped = f"stopped at step {trainer.state.step} of {job.data.plan.total_steps}"
+            if saver.misplaced:
+                raise WriteFailed(f"{stopped}; {saver.misplaced}, then --resume auto goes on from there")
+            raise Interrupted(f"{stopped}; the state is in {left}, go on with --resume auto")
         saver.finish()
         record(ending(trainer.state, total_steps=job.data.plan.total_steps, config=config.validation))
         show_result(
