@@ -76,19 +76,22 @@ class Spent:
         data = self.totals().get(DATA, 0.0)
         if data < NOTABLE or data < MUCH * self._steps:
             return None
-        return (
-            f"the training steps waited for data {data / self._steps:.0%} of their time; "
-            f"what helps: {', '.join(self._remedies())}"
-        )
+        return f"training steps waited for data {data / self._steps:.0%} of their time: {self._remedies()}"
 
-    def _remedies(self) -> list[str]:
+    def _remedies(self) -> str:
         workers = self._options.get(_WORKERS, OPTIONS[_WORKERS].row.default)
         uncached = not any(self._options.get(name) for name in ("cache_latents", "cache_latents_to_disk"))
-        return [
-            *(["cache_latents_to_disk, so that pictures are read and scaled once"] if uncached else []),
-            f"a higher {_WORKERS} (it is {workers}, and no more than the processor has cores are started)",
-            "a faster disk for pictures and caches",
-        ]
+        return "; ".join(
+            [
+                *(
+                    ["set cache_latents_to_disk, so that pictures are read and scaled once"]
+                    if uncached
+                    else []
+                ),
+                f"raise {_WORKERS} (it is {workers}; at most one for each core is started)",
+                "or put pictures and caches on a faster disk",
+            ]
+        )
 
 
 _WORKERS = "max_data_loader_n_workers"

@@ -33,12 +33,15 @@ from library.train.sample_losses import SampleLoss, SampleLosses
 from library.train.state import TrainState
 from networks.interface import NetworkHandle, NormReport
 
-DATA, PASSES = "data", "forward_backward"  # laps of a step; ranks exchange gradients within the passes
+DATA, PASSES = (
+    "data",
+    "forward_backward",
+)  # laps of a step; what ranks exchange of gradients lies in the passes
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step did, the same on every rank."""
+    """What one optimizer step did, the same on every rank but for times."""
 
     loss: float  # mean over the step's samples
     grad_norm: float  # L2, before clipping
@@ -49,9 +52,7 @@ class StepReport:
     max_norm: NormReport | None = None  # what scale_weight_norms did
     norms: Mapping[str, float] = field(default_factory=dict)  # what the network reports after it, by tag
     sample_losses: Sequence[SampleLoss] = ()  # of all ranks
-    laps: Mapping[str, float] = field(
-        default_factory=dict
-    )  # seconds of this rank's device in DATA and PASSES
+    laps: Mapping[str, float] = field(default_factory=dict)  # seconds of this rank's device by lap
 
 
 class Listener(Protocol):
@@ -224,9 +225,7 @@ class Trainer:
             self.ema.update()
         norms = self._read_norms()
         self._updating = False  # only now: the state counts no step that was not returned
-        return _Launched(
-            begun, reading, rates, skipped=not stepped, max_norm=max_norm, norms=norms, laps=laps
-        )
+        return _Launched(begun, reading, rates, not stepped, max_norm, norms, laps)
 
     def settle(self, launched: _Launched) -> tuple[StepReport, bool]:
         """Read a launched step's numbers: its report, and whether any rank was asked to stop."""
