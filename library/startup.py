@@ -22,6 +22,11 @@ class StartClock:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase, up to the last mark."""
+        return dict(self._seconds)
+
     def line(self) -> str:
         """`started in 9.8 s: imports 2.1, ...`, up to the last mark."""
         parts = [f"{phase} {taken:.1f}" for phase, taken in self._seconds.items() if taken >= SHOWN]

@@ -35,6 +35,7 @@ from library.config.load import load_config
 from library.config.train_config import TrainConfig
 from library.data.records import Batch
 from library.distributed.base import Backend
+from library.flow.objective import Objective
 from library.log import setup_logging
 from library.models.params import FluxParams
 from library.train import recompute
@@ -119,12 +120,14 @@ def assemble(
     )  # fmt: skip
     trained = build_trained(job)
     adapter = build_adapter(job, trained)
-    recompute.settle(job, trained, adapter)
+    objective = Objective(config.objective)
+    recompute.settle(job, trained, adapter, objective)
     trainer = build_trainer(
         job,
         trained,
         module=wrap(job, trained),
         adapter=adapter,
+        objective=objective,
         listeners=(Stopwatch(),),
         should_stop=lambda: False,
     )

@@ -18,6 +18,7 @@ from library.report.history import (
 )
 from library.report.pictures import SampleFile, Shelf, sample_files
 from library.train.run_log import Line, Outliers, Sampled, Started, Stepped, Validated
+from library.train.spent import Spent
 
 Json = dict[str, object]
 
@@ -55,12 +56,13 @@ class Composer:
     def content(self, lines: Sequence[Line]) -> Json:
         """The page's content."""
         known = self._known
-        outliers = last_outliers(lines)
+        outliers, spent = last_outliers(lines), Spent(lines)
         return {
             "run": {"name": known.name, **standing(lines, secrets=known.secrets)},
             "notices": notices(lines, known.notices, secrets=known.secrets),
             "charts": charts(of_kind(lines, Stepped), of_kind(lines, Validated)),
-            "time": time_split(lines),
+            "time": time_split(spent),
+            "time_advice": spent.advice(),
             "memory": list(known.memory()),
             "samples": self._samples(lines),
             "sheets": list(known.sheets),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,25 +14,21 @@ from library.train.run_log import (
     Line,
     Outliers,
     Record,
-    Sampled,
     Saved,
     Started,
     Stepped,
     Validated,
     Warned,
 )
+from library.train.spent import PARTS, Spent
 
 Json = dict[str, object]
 R = TypeVar("R", bound=Record)
+SHOWN = 0.005  # seconds; a part that took less is left out
 RECENT = 50  # steps that speed is averaged over
-LONGEST_PAUSE = 6 * 3600  # seconds; a longer gap in a log is a clock that was set
 _STATUS = {"done": "finished", "early stop": "finished", "stopped": "stopped", "error": "failed"}
+_COLOURS = dict(zip(PARTS, (0, 1, 2, 3, 4, 5, 6, 7, 7, 0), strict=True))
 _MARKS = {"model": "network", "ema": "EMA", "best": "best", "state": "state"}
-_START, _BETWEEN = "loading and starting", "between steps"
-_SPENT_ON: Mapping[type[Record], str] = {
-    Validated: "validation", Sampled: "sample images", Saved: "saving",
-}  # fmt: skip
-_PARTS = ("training", *_SPENT_ON.values(), _BETWEEN, _START)
 
 
 def of_kind(lines: Sequence[Line], kind: type[R]) -> list[R]:
@@ -61,7 +55,7 @@ def standing(lines: Sequence[Line], *, secrets: Sequence[str] = ()) -> Json:
         "num_ranks": start.num_ranks if start else 1,
         "started_at": lines[0].time if lines else None,
         "updated_at": lines[-1].time if lines else None,
-        "seconds": sum(part for _, part in _parts(lines)),
+        "seconds": sum(Spent(lines).totals().values()),
         "seconds_per_step": seconds / len(recent) if recent else None,
         "images_per_second": _mean([step.images_per_second for step in recent]),
         "average_loss": steps[-1].average_loss if steps else None,
@@ -77,33 +71,13 @@ def lowest_validation(measured: Sequence[Validated]) -> Validated | None:
     return min(trained, key=lambda one: one.loss, default=None)
 
 
-def time_split(lines: Sequence[Line]) -> list[Json]:
+def time_split(spent: Spent) -> list[Json]:
     """Seconds by what they were spent on, largest first."""
-    total: dict[str, float] = defaultdict(float)
-    for name, seconds in _parts(lines):
-        total[name] += seconds
-    rows: list[Json] = [
-        {"name": name, "value": round(total[name], 2), "colour": number}
-        for number, name in enumerate(_PARTS)
-        if total[name] >= 0.01
+    return [
+        {"name": part, "value": round(seconds, 2), "colour": _COLOURS[part]}
+        for part, seconds in sorted(spent.totals().items(), key=lambda one: -one[1])
+        if seconds >= SHOWN
     ]
-    return sorted(rows, key=lambda row: -float(str(row["value"])))
-
-
-def _parts(lines: Sequence[Line]) -> list[tuple[str, float]]:
-    """The time before each line by what it went to. What no process was there for counts nowhere."""
-    found: list[tuple[str, float]] = []
-    for before, line in pairwise(lines):
-        gap, record = max(0.0, line.time - before.time), line.record
-        if isinstance(record, Started) or gap > LONGEST_PAUSE:
-            continue
-        if isinstance(record, Stepped):
-            training = min(gap, record.seconds)
-            found.append(("training", training))
-            gap -= training
-        starts = isinstance(before.record, Started)
-        found.append((_START if starts else _SPENT_ON.get(type(record), _BETWEEN), gap))
-    return found
 
 
 def notices(lines: Sequence[Line], at_start: Sequence[str], *, secrets: Sequence[str] = ()) -> list[Json]:

@@ -28,6 +28,7 @@ from library.train.recorder import StepRecorder, record_image, record_validation
 from library.train.run_log import Write
 from library.train.saving import Saver, SavingListener, Weights
 from library.train.scenes import Scenes
+from library.train.spent import Spent
 from library.train.start_line import StartListener
 from library.train.state import TrainState
 from library.train.trackers import start_trackers, wanted
@@ -44,6 +45,7 @@ def build_listeners(  # noqa: PLR0913 (all that listeners are made of)
     *,
     losses: LossByImage | None,
     record: Write,
+    spent: Spent,
     adapter: ModelAdapter,
     objective: Objective,
 ) -> Iterator[Sequence[Listener]]:
@@ -57,7 +59,7 @@ def build_listeners(  # noqa: PLR0913 (all that listeners are made of)
         )
         listeners += [progress, StepRecorder(record)]
     if job.backend.world.is_main and wanted(config.logging):
-        metrics = _metrics(job)
+        metrics = _metrics(job, spent)
     if job.data.validation is not None:
         listeners.append(
             ValidationListener(
@@ -97,13 +99,13 @@ def build_listeners(  # noqa: PLR0913 (all that listeners are made of)
             metrics.close(failed=failed)
 
 
-def _metrics(job: Job) -> MetricsListener:
+def _metrics(job: Job, spent: Spent) -> MetricsListener:
     config = job.config
     trackers = start_trackers(config.logging, secrets=secret_values(config))
     if config.logging.log_config:
         for tracker in trackers:
             tracker.options(public_options(config))
-    return MetricsListener(trackers)
+    return MetricsListener(trackers, spent)
 
 
 def _validator(job: Job, trained: Trained, adapter: ModelAdapter, objective: Objective) -> Validator:

@@ -14,6 +14,7 @@ from library.config.options import SECRETS
 from library.config.prompts import SamplePrompt
 from library.config.train_config import TrainConfig
 from library.train.reading import peak_gb
+from library.train.spent import SAMPLES, SAVING, VALIDATION, Spent
 from library.train.state import TrainState
 from library.train.trackers import Moment, Tracker
 from library.train.trainer import StepReport
@@ -23,6 +24,10 @@ from library.train.validate import Validation
 PRIVATE = SECRETS | {
     "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "conditioning_data_dir",
     "reg_data_dir", "output_dir", "logging_dir",
+}  # fmt: skip
+
+OCCASIONS = {
+    VALIDATION: "speed/validation_seconds", SAMPLES: "speed/sampling_seconds", SAVING: "speed/saving_seconds",
 }  # fmt: skip
 
 
@@ -39,8 +44,10 @@ def secret_values(config: TrainConfig) -> tuple[str, ...]:
 class MetricsListener:
     """Reports scalars of every step, epoch and validation, and sample images."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = trackers
+    def __init__(self, trackers: Sequence[Tracker], spent: Spent) -> None:
+        self._trackers, self._spent = trackers, spent
+        self._told: Mapping[str, float] = {}  # what was told of the time spent
+        self._state: TrainState | None = None  # at the last step
         self._validated = 0
 
     def on_start(self, state: TrainState) -> TrainState:
@@ -61,7 +68,10 @@ class MetricsListener:
             "speed/images_per_second": report.samples / report.seconds,
             **{f"lr/{name}": rate for name, rate in report.learning_rates.items()},
             **report.norms,
+            **{f"speed/{lap}_seconds": seconds for lap, seconds in report.laps.items()},
+            **self._occasions(),
         }
+        self._state = state
         if (peak := peak_gb()) is not None:
             scalars["memory/peak_gb"] = peak
         if report.max_norm is not None:
@@ -96,8 +106,17 @@ class MetricsListener:
 
     def close(self, *, failed: bool) -> None:
         """End what trackers hold open; after the last sample was drawn, and when an error ends the run."""
+        if self._state is not None:
+            self._report(self._occasions(), x=self._state.step, state=self._state)
         for tracker in self._trackers:
             tracker.close(failed=failed)
+
+    def _occasions(self) -> dict[str, float]:
+        """Seconds that validation, sample images and saving took since this was asked for."""
+        now, before = self._spent.totals(), self._told
+        self._told = now
+        taken = {tag: now.get(part, 0.0) - before.get(part, 0.0) for part, tag in OCCASIONS.items()}
+        return {tag: seconds for tag, seconds in taken.items() if seconds > 0}
 
     def _report_validation(self, state: TrainState) -> None:
         for step, loss in state.validation_losses[self._validated :]:

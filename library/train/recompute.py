@@ -90,7 +90,7 @@ class Costs:
         return next((n for n in range(len(self.kept)) if room(self.of(n))), len(self.kept))
 
 
-def settle(job: Job, trained: Trained, adapter: ModelAdapter) -> None:
+def settle(job: Job, trained: Trained, adapter: ModelAdapter, objective: Objective) -> None:
     """Choose how many blocks are recomputed, where that is left to us; before the root module is wrapped."""
     memory, backend = job.config.memory, job.backend
     if not memory.gradient_checkpointing or memory.recompute_blocks != "auto":
@@ -102,7 +102,7 @@ def settle(job: Job, trained: Trained, adapter: ModelAdapter) -> None:
         )
         return
     shapes = unit_shapes(job.data.plan, text_tokens=job.loader.t5_length)
-    forward = rehearsal(job, trained, adapter, shapes[0])
+    forward = rehearsal(job, trained, adapter, objective, shapes[0])
     free_memory()
     with torch.random.fork_rng(devices=[device]):
         choose(
@@ -227,9 +227,11 @@ def _full_length(text: TextCond, length: int) -> TextCond:
     )
 
 
-def rehearsal(job: Job, trained: Trained, adapter: ModelAdapter, shape: Shape) -> Callable[[], Tensor]:
+def rehearsal(
+    job: Job, trained: Trained, adapter: ModelAdapter, objective: Objective, shape: Shape
+) -> Callable[[], Tensor]:
     """The forward pass of a micro-step of this size, as `Trainer` does it, on this rank alone. It gives the loss."""
-    objective, batch = Objective(job.config.objective), batch_of(job, shape)
+    batch = batch_of(job, shape)
 
     def forward() -> Tensor:
         inputs = adapter.inputs(batch)

@@ -12,7 +12,7 @@ from library.train.best import is_best
 from library.train.reading import peak_gb
 from library.train.run_log import Sampled, Stepped, Validated, Write
 from library.train.state import TrainState
-from library.train.trainer import StepReport
+from library.train.trainer import DATA, PASSES, StepReport
 from library.train.validate import Validation
 
 
@@ -43,6 +43,8 @@ class StepRecorder:
                 images_per_second=report.samples / report.seconds,
                 memory_gb=peak_gb(),
                 skipped=report.skipped,
+                data_seconds=report.laps.get(DATA),
+                forward_backward_seconds=report.laps.get(PASSES),
             )
         )
         return state

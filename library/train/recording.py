@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -15,6 +16,9 @@ from library.log import ROOT
 from library.train.build import Job
 from library.train.metrics import public_options
 from library.train.run_log import Ended, Line, Record, RunLog, Started, Warned, Write, log_path, read_log
+from library.train.spent import Spent
+
+logger = logging.getLogger(__name__)
 
 
 class Taker(Protocol):
@@ -26,11 +30,11 @@ class Taker(Protocol):
 
 
 @contextmanager
-def recorded(job: Job, report: Callable[[Job, Sequence[Line]], Taker]) -> Iterator[Write]:
+def recorded(job: Job, report: Callable[[Job, Sequence[Line]], Taker], spent: Spent) -> Iterator[Write]:
     """What writes into the run log and the report of `job`; into nothing on other ranks.
 
     `report` begins a report that goes on behind the lines of the run so far. On leaving by an error its end is
-    written. The end of a run that is done is for the caller to write.
+    written. The end of a run that is done is for the caller to write. `spent` is told of every record.
     """
     if not job.backend.world.is_main:
         yield lambda record: None
@@ -42,6 +46,7 @@ def recorded(job: Job, report: Callable[[Job, Sequence[Line]], Taker]) -> Iterat
     def write(record: Record) -> None:
         nonlocal step
         step = record.step
+        spent.add(Line(time.time(), record))
         log.write(record)
 
     warnings = _Warnings(lambda record: log.write(_warned(record, step)))
@@ -56,6 +61,8 @@ def recorded(job: Job, report: Callable[[Job, Sequence[Line]], Taker]) -> Iterat
     finally:
         logging.getLogger(ROOT).removeHandler(warnings)
         log.close()
+        if advice := spent.advice():
+            logger.info("%s", advice)
 
 
 class _Takers:
@@ -111,6 +118,7 @@ def _started(job: Job) -> Started:
         num_images=len(data.training.records),
         num_validation_images=len(data.discovered.validation),
         options=_changed(job.config),
+        start_seconds=job.clock.seconds,
     )
 
 

@@ -3,7 +3,8 @@
 A line is `{"kind": ..., "time": <unix seconds>, **fields}` with the fields of the record of that kind. Lines come in
 the order in which things happened, written by rank 0 alone. A run that goes on from a state drops what lies behind
 the step it goes on from and appends, so steps only rise; one that starts afresh starts a new file. `read_log` gives
-it back; it passes over kinds and fields that it does not know, and over a last line cut short.
+it back; it passes over kinds and fields that it does not know, and over a last line cut short. Fields that older
+logs lack have defaults.
 
 A log is an extra: where it cannot be written, one warning is said and training goes on.
 """
@@ -15,7 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,6 +44,7 @@ class Started:
     num_validation_images: int
     # Given another value than their default; no secrets, none of Kohya's private ones.
     options: Mapping[str, object]
+    start_seconds: Mapping[str, float] = field(default_factory=dict)  # of this process up to here, by phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,9 @@ class Stepped:
     images_per_second: float  # over all ranks
     memory_gb: float | None  # peak of rank 0's GPU so far, 10**9 bytes; None on a CPU
     skipped: bool  # fp16 overflow: nothing was updated
+    # Of rank 0's device: waiting for batches; forward and backward, with what ranks exchange meanwhile.
+    data_seconds: float | None = None
+    forward_backward_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +217,7 @@ def _parsed(text: str) -> Line | None:
     try:
         values: dict[str, Any] = json.loads(text)
         kind = KINDS[values["kind"]]
-        record = kind(**{field.name: values[field.name] for field in fields(kind)})
+        record = kind(**{one.name: values[one.name] for one in fields(kind) if one.name in values})
         if isinstance(record, Outliers):
             record = Outliers(
                 step=record.step, epoch=record.epoch, images=[Outlier(**image) for image in values["images"]]

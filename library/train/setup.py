@@ -75,6 +75,7 @@ from library.train.saving import About, Saver, Weights
 from library.train.scenes import scenes
 from library.train.signals import StopRequest
 from library.train.speed import Speed
+from library.train.spent import Spent
 from library.train.state import TrainState
 from library.train.trainer import Limits, Listener, Trainer
 from library.train.upload import Uploader, hub_folder, open_repository
@@ -154,10 +155,12 @@ def prepare(loaded: LoadedConfig, backend: Backend, console: Console, clock: Sta
 def train(job: Job) -> Trained:
     """Build what is trained, train it to the end, write the final file. Returns what was trained."""
     config, backend = job.config, job.backend
-    with recorded(job, live_report) as record:
+    spent = Spent()
+    with recorded(job, live_report, spent) as record:
+        objective = Objective(config.objective)
         trained = build_trained(job)
         adapter = build_adapter(job, trained)
-        recompute.settle(job, trained, adapter)
+        recompute.settle(job, trained, adapter, objective)
         module = wrap(job, trained)
         ema = build_ema(job, trained)
         losses = loss_by_image(job.data.training)
@@ -189,7 +192,6 @@ def train(job: Job) -> Trained:
             uploader=Uploader(folder, background=config.saving.async_upload) if folder is not None else None,
         )
         stop = StopRequest()
-        objective = Objective(config.objective)
         try:
             with build_listeners(
                 job,
@@ -198,6 +200,7 @@ def train(job: Job) -> Trained:
                 drawn,
                 losses=losses,
                 record=record,
+                spent=spent,
                 adapter=adapter,
                 objective=objective,
             ) as listeners:
@@ -206,6 +209,7 @@ def train(job: Job) -> Trained:
                     trained,
                     module=module,
                     adapter=adapter,
+                    objective=objective,
                     listeners=listeners,
                     should_stop=stop,
                     ema=ema,
@@ -263,12 +267,13 @@ def rescued(trainer: Trainer, saver: Saver) -> Iterator[None]:
         raise
 
 
-def build_trainer(
+def build_trainer(  # noqa: PLR0913 (all that the loop is made of)
     job: Job,
     trained: Trained,
     *,
     module: nn.Module,
     adapter: ModelAdapter,
+    objective: Objective,
     listeners: Sequence[Listener],
     should_stop: Callable[[], bool],
     ema: Ema | None = None,
@@ -281,7 +286,7 @@ def build_trainer(
         adapter=adapter,
         network=trained.network,
         parameters=trained.parameters,
-        objective=Objective(config.objective),
+        objective=objective,
         optimizer=trained.optimizer,
         schedule=trained.schedule,
         backend=backend,

@@ -28,15 +28,20 @@ from library.optim.schedules import Schedule
 from library.train.ema import Ema
 from library.train.graphs import StepGraphs
 from library.train.preservation import preserve_output
-from library.train.reading import Reading
+from library.train.reading import Laps, Reading
 from library.train.sample_losses import SampleLoss, SampleLosses
 from library.train.state import TrainState
 from networks.interface import NetworkHandle, NormReport
 
+DATA, PASSES = (
+    "data",
+    "forward_backward",
+)  # laps of a step; what ranks exchange of gradients lies in the passes
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step did, the same on every rank."""
+    """What one optimizer step did, the same on every rank but for times."""
 
     loss: float  # mean over the step's samples
     grad_norm: float  # L2, before clipping
@@ -47,6 +52,7 @@ class StepReport:
     max_norm: NormReport | None = None  # what scale_weight_norms did
     norms: Mapping[str, float] = field(default_factory=dict)  # what the network reports after it, by tag
     sample_losses: Sequence[SampleLoss] = ()  # of all ranks
+    laps: Mapping[str, float] = field(default_factory=dict)  # seconds of this rank's device by lap
 
 
 class Listener(Protocol):
@@ -87,6 +93,7 @@ class _Launched:
     skipped: bool
     max_norm: NormReport | None
     norms: tuple[tuple[str, ...], Reading] | None  # by tag; None where the network reports none
+    laps: Laps  # up to the reading
 
 
 @dataclass(slots=True, kw_only=True)
@@ -178,12 +185,14 @@ class Trainer:
 
     def launch(self, batches: Iterator[Batch]) -> _Launched:
         """Give one step to the device: micro-steps, clip, update."""
-        begun = time.perf_counter()
+        begun, laps = time.perf_counter(), Laps(self.backend.world.device)
         total = torch.zeros(3, device=self.backend.world.device)  # loss, samples, wish to stop
         for micro_step in range(self.limits.micro_steps):
             batch = next(batches)
+            laps.mark(DATA)
             with self.backend.accumulate(last=micro_step == self.limits.micro_steps - 1):
                 total[0] += self.micro_step(batch)
+            laps.mark(PASSES)
             total[1] += int((batch.shares > 0).sum())
         total[2] = float(self.should_stop())
         grad_norm = self.backend.stepper.clip(
@@ -216,7 +225,7 @@ class Trainer:
             self.ema.update()
         norms = self._read_norms()
         self._updating = False  # only now: the state counts no step that was not returned
-        return _Launched(begun, reading, rates, skipped=not stepped, max_norm=max_norm, norms=norms)
+        return _Launched(begun, reading, rates, not stepped, max_norm, norms, laps)
 
     def settle(self, launched: _Launched) -> tuple[StepReport, bool]:
         """Read a launched step's numbers: its report, and whether any rank was asked to stop."""
@@ -233,6 +242,7 @@ class Trainer:
         report = StepReport(
             loss, norm, launched.rates, int(samples), seconds, launched.skipped, launched.max_norm, norms,
             self.sample_losses.read(table) if self.sample_losses is not None else (),
+            launched.laps.seconds(),
         )  # fmt: skip
         return report, stop > 0
 

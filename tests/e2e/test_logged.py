@@ -31,7 +31,10 @@ from tests.e2e.running import draw_pictures, write_config
 
 Scalars = Mapping[str, list[tuple[int, float]]]
 EVERY_RUN = {"loss/current", "loss/average", "loss/epoch_average"}
-OURS = {"norm/grad_norm", "speed/seconds_per_step", "speed/images_per_second"}
+OURS = {
+    "norm/grad_norm", "speed/seconds_per_step", "speed/images_per_second", "speed/data_seconds",
+    "speed/forward_backward_seconds", "speed/saving_seconds",
+}  # fmt: skip
 GOLDEN = sorted([
     "loss/average", "loss/current", "loss/epoch_average",
     "loss/validation/epoch_average", "loss/validation/epoch_divergence", "loss/validation/step_average",
@@ -39,7 +42,8 @@ GOLDEN = sorted([
     "lr/textencoder 1", "lr/textencoder 1 plus", "lr/unet", "lr/unet plus",
     "max_norm/keys_scaled", "max_norm/max_key_norm",
     "norm/avg_combined_norm", "norm/avg_grad_norm", "norm/avg_key_norm", "norm/grad_norm",
-    "speed/images_per_second", "speed/seconds_per_step",
+    "speed/data_seconds", "speed/forward_backward_seconds", "speed/images_per_second", "speed/sampling_seconds",
+    "speed/saving_seconds", "speed/seconds_per_step", "speed/validation_seconds",
 ])  # fmt: skip
 SIZES = [(64, 64)] * 6 + [(96, 64)] * 2
 TIMESTEPS = (200, 400, 600, 800)  # the inner four of six points over 0..1000
@@ -115,7 +119,9 @@ def test_lora_with_validation(tmp_path: Path, pictures: Path):
         "step_average", "step_divergence", "epoch_average", "epoch_divergence",
     )}  # fmt: skip
     by_timestep = {f"loss/validation/timestep_{t}" for t in TIMESTEPS}
-    assert set(scalars) == EVERY_RUN | OURS | validation | by_timestep | {"lr/unet", "norm/avg_grad_norm"}
+    assert set(scalars) == EVERY_RUN | OURS | validation | by_timestep | {
+        "lr/unet", "norm/avg_grad_norm", "speed/validation_seconds",
+    }  # fmt: skip
     total = len(scalars["loss/current"])
     epoch = total // 2
     for tag in ("loss/current", "loss/average", "lr/unet", "norm/avg_grad_norm", "norm/grad_norm"):

@@ -33,15 +33,16 @@ def started(step: int = 0, *, total: int, resumed: bool = False) -> Started:
     return Started(
         step=step, total_steps=total, num_epochs=10, steps_per_epoch=max(1, total // 10), resumed=resumed,
         num_ranks=2, device="NVIDIA H100", num_images=8, num_validation_images=2, options={"learning_rate": 1e-4},
+        start_seconds={"imports": 4.0, "caches": 16.0},
     )  # fmt: skip
 
 
-def stepped(step: int, *, total: int) -> Stepped:
+def stepped(step: int, *, total: int, waited: float = 0.125) -> Stepped:
     loss = 0.5 * math.exp(-step / total) + 0.05 * math.sin(step * 1.7)
     return Stepped(
         step=step, epoch=1 + (step - 1) * 10 // total, loss=loss, average_loss=loss,
         learning_rates={"unet": 1e-4 * (1 - step / total)}, grad_norm=0.2 + 0.1 * math.cos(step), seconds=2.0,
-        images_per_second=4.0, memory_gb=40.0, skipped=False,
+        images_per_second=4.0, memory_gb=40.0, skipped=False, data_seconds=waited, forward_backward_seconds=1.5,
     )  # fmt: skip
 
 

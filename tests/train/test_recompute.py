@@ -76,8 +76,14 @@ def tiny(*words: str) -> Iterator[tuple]:
         "--optimizer_args", "fused=False", "--gradient_checkpointing", *words,
     ])  # fmt: skip
     with connected(config) as backend:
-        job, trained, _ = assemble(config, backend, SIZES[own.size], own.resolutions, images=3)
-        forward = recompute.rehearsal(job, trained, build_adapter(job, trained), recompute_shapes(job)[0])
+        job, trained, made = assemble(config, backend, SIZES[own.size], own.resolutions, images=3)
+        forward = recompute.rehearsal(
+            job,
+            trained,
+            build_adapter(job, trained),
+            made.objective,
+            recompute_shapes(job)[0],
+        )
         gauge = SavedBytes(trained.root)
         with gauge.hooks():
             yield job, trained, forward, gauge

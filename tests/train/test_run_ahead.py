@@ -14,6 +14,7 @@ import torch
 from library.errors import TrainingDiverged
 from library.train.metrics import MetricsListener
 from library.train.setup import batches, connected
+from library.train.spent import Spent
 from library.train.trainer import Trainer
 from tools.bench_data import SIZES
 from tools.bench_train import assemble, parse
@@ -107,7 +108,7 @@ def test_norms_of_a_network_come_with_the_report_and_hold_nobody_up():
             real = log.on_step
             log.on_step = lambda state, report: norms.append(dict(report.norms)) or real(state, report)
             # Only one rank has it: were it to want weights, the others would launch a step without it.
-            made.listeners = (log, MetricsListener([]))
+            made.listeners = (log, MetricsListener([], Spent()))
             if not ahead:
                 made.optimizer.optimizer._step_supports_amp_scaling = False
             made.run(stream)

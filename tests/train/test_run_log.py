@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ from tests.e2e.running import draw_pictures, write_config
 def stepped(step: int) -> Stepped:
     return Stepped(
         step=step, epoch=1, loss=0.5, average_loss=0.6, learning_rates={"unet": 1e-4}, grad_norm=0.25, seconds=2.0,
-        images_per_second=4.0, memory_gb=None, skipped=False,
+        images_per_second=4.0, memory_gb=None, skipped=False, data_seconds=0.5, forward_backward_seconds=1.0,
     )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ RECORDS: tuple[Record, ...] = (
     Started(
         step=0, total_steps=9, num_epochs=3, steps_per_epoch=3, resumed=False, num_ranks=2, device="cpu", num_images=6,
         num_validation_images=2, options={"network_dim": 4, "sample_prompts": "a fox"},
+        start_seconds={"imports": 2.0},
     ),
     Validated(step=0, loss=1.5, by_timestep={"200": 2.0, "400": 1.0}, best=False),
     stepped(1),
@@ -93,6 +94,18 @@ def test_a_later_version_adds_kinds_and_fields(tmp_path: Path):
         encoding="utf-8",
     )
     assert read_log(path) == [Line(2.0, Saved(step=1, what="model", file="a"))]
+
+
+def test_an_older_version_lacks_fields(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    written(path, RECORDS[0], stepped(1))
+    new = {"data_seconds", "forward_backward_seconds", "start_seconds"}
+    old = [json.loads(text) for text in path.read_text("utf-8").splitlines()]
+    path.write_text("".join(json.dumps({k: one[k] for k in one.keys() - new}) + "\n" for one in old), "utf-8")
+    start, step = (line.record for line in read_log(path))
+    assert isinstance(start, Started)
+    assert start.start_seconds == {}
+    assert step == replace(stepped(1), data_seconds=None, forward_backward_seconds=None)
 
 
 def test_numbers_that_json_lacks_are_none(tmp_path: Path):

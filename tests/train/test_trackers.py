@@ -18,6 +18,8 @@ from library.config.sections.logging import LoggingConfig
 from library.config.train_config import TrainConfig
 from library.errors import ConfigError, EnvironmentUnsupported
 from library.train.metrics import MetricsListener, public_options
+from library.train.run_log import Line, Saved, Validated
+from library.train.spent import Spent
 from library.train.trackers import (
     CarefulTracker,
     Moment,
@@ -28,7 +30,7 @@ from library.train.trackers import (
     tracker_settings,
     wanted,
 )
-from library.train.trainer import StepReport
+from library.train.trainer import DATA, PASSES, StepReport
 from networks.interface import NormReport
 from tests.train.test_state import a_state
 
@@ -41,16 +43,19 @@ def report() -> StepReport:
     return StepReport(
         loss=0.5, grad_norm=2.0, learning_rates={"unet": 1e-4, "d*lr/unet": 2e-4}, samples=4, seconds=2.0,
         skipped=False, max_norm=NormReport(scaled=3, mean=0.25, maximum=0.75),
-        norms={"norm/avg_grad_norm": 0.125},
+        norms={"norm/avg_grad_norm": 0.125}, laps={DATA: 0.5, PASSES: 1.25},
     )  # fmt: skip
 
 
 def tell_all(trackers: list[Tracker], *, failed: bool = False) -> None:
     """A step that ends an epoch and had a validation, and a picture."""
-    listener = MetricsListener(trackers)
+    spent = Spent([Line(100.0, Saved(step=4, what="model", file="a"))])
+    listener = MetricsListener(trackers, spent)
     state = a_state(step=5, losses=(0.5,), validation_losses=((5, 0.75),))
     listener.on_start(a_state(step=0, losses=(), validation_losses=((0, 2.0),)))
+    spent.add(Line(103.0, Validated(step=5, loss=0.75, by_timestep={}, best=False)))
     listener.on_step(state, report())
+    spent.add(Line(104.5, Saved(step=5, what="model", file="b")))
     listener.on_epoch(state, 1)
     picture = Image.new("RGB", (8, 8), (255, 0, 0))
     listener.on_image(SamplePrompt(index=3, prompt="waves"), Path("picture.png"), picture, state)
@@ -72,6 +77,10 @@ SCALARS = {
     "lr/unet": (5, 1e-4),
     "lr/d*lr/unet": (5, 2e-4),
     "speed/images_per_second": (5, 2.0),
+    "speed/data_seconds": (5, 0.5),
+    "speed/forward_backward_seconds": (5, 1.25),
+    "speed/validation_seconds": (5, 3.0),
+    "speed/saving_seconds": (5, 1.5),  # after the step was told of
 }
 
 

@@ -237,7 +237,7 @@ function chartSection(id, title, specs, note) {
   return section(id, title, note, tools, el("div", { class: "charts" }, charts));
 }
 
-function bars(title, note, rows, say) {
+function bars(title, note, rows, say, advice) {
   const most = Math.max(...rows.map((row) => row.value));
   const total = rows.reduce((sum, row) => sum + row.value, 0);
   return el("div", { class: "card bars" }, el("h3", {}, title, note ? el("span", { class: "note" }, ` ${note}`) : ""),
@@ -245,5 +245,5 @@ function bars(title, note, rows, say) {
       const fill = el("i", { class: `k${row.colour ?? index % 8}` });
       fill.style.width = `${(row.value / (most || 1)) * 100}%`;
       return el("div", { class: "part" }, el("dt", {}, row.name), el("div", { class: "rail" }, fill), el("dd", {}, say(row.value, total)));
-    })));
+    })), advice ? el("p", { class: "advice" }, advice) : null);
 }

@@ -35,7 +35,7 @@ function noticesSection(notices) {
 function resourcesSection(content) {
   const boxes = [];
   const share = (value, total) => `${((100 * value) / (total || 1)).toFixed(1)} %`;
-  if (content.time.length) boxes.push(bars("Where the time went", "on the first rank", content.time, (value, total) => `${duration(value)} · ${share(value, total)}`));
+  if (content.time.length) boxes.push(bars("Where the time went", `${duration(content.run.seconds)} on the first rank`, content.time, (value, total) => `${duration(value)} · ${share(value, total)}`, content.time_advice));
   if (content.memory.length) boxes.push(bars("GPU memory at its peak", "first GPU", content.memory, (value, total) => `${bytes(value)} · ${share(value, total)}`));
   return boxes.length ? section("resources", "Time and memory", null, el("div", { class: "charts" }, boxes)) : null;
 }
