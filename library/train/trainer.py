@@ -33,10 +33,8 @@ from library.train.sample_losses import SampleLoss, SampleLosses
 from library.train.state import TrainState
 from networks.interface import NetworkHandle, NormReport
 
-DATA, PASSES = (
-    "data",
-    "forward_backward",
-)  # laps of a step; what ranks exchange of gradients lies in the passes
+# Laps of a step; what ranks exchange of gradients lies in the passes.
+DATA, PASSES = "data", "forward_backward"
 
 
 @dataclass(frozen=True, slots=True)
