@@ -105,6 +105,15 @@ def _precision(config: TrainConfig) -> str:
     return f"computes in {'float32' if precision == 'no' else precision}"
 
 
+def _recomputed(config: TrainConfig) -> str:
+    memory = config.memory
+    if not memory.gradient_checkpointing:
+        return "not used without gradient_checkpointing"
+    if memory.recompute_blocks == "auto":
+        return "as few blocks are recomputed as the GPU's memory allows"
+    return f"the first {memory.recompute_blocks} blocks are recomputed, the others kept"
+
+
 def _base_rate(config: TrainConfig) -> str:
     return "base rate" if config.optimizer.unet_lr is not None else "rate of every trained parameter"
 
@@ -194,6 +203,7 @@ PHRASES: Mapping[str, Phrase] = {
     "global_batch_size": "{} pictures make one optimizer step, over all GPUs",
     "seed": "decides every random choice",
     "mixed_precision": _precision,
+    "recompute_blocks": _recomputed,
     "dynamo_backend": "compiles by {} where blocks are compiled",
     "ddp_timeout": "a rank that is silent for {} minutes ends the run",
     "output_dir": "what the run makes is written here",

@@ -224,6 +224,10 @@ def counted_blocks_are_recomputed(context: Context) -> None:
         context.notices.remarks.append(
             f"{said} recomputes all blocks with zero_stage 3, where no GPU holds the model: give a number"
         )
+    elif config.memory.recompute_blocks == 0 and config.memory.cpu_offload_checkpointing:
+        context.notices.remarks.append(
+            f"cpu_offload_checkpointing has no effect: {said} keeps all blocks, and it moves inputs of recomputed ones"
+        )
 
 
 def base_weights_can_be_read(context: Context) -> None:

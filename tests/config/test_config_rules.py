@@ -173,6 +173,10 @@ def test_the_allowed_neighbours_of_refused_configs(changes):
             {"recompute_blocks": "auto", "gradient_checkpointing": "", "deepspeed": "", "zero_stage": "3"},
             "recomputes all blocks with zero_stage 3, where no GPU holds the model: give a number",
         ),
+        (
+            {"recompute_blocks": "0", "cpu_offload_checkpointing": ""},
+            "cpu_offload_checkpointing has no effect: --recompute_blocks 0 (command line) keeps all",
+        ),
         ({"clip_skip": "2"}, "No effect: clip_skip"),
     ],
 )
