@@ -109,9 +109,17 @@ def _recomputed(config: TrainConfig) -> str:
     memory = config.memory
     if not memory.gradient_checkpointing:
         return "not used without gradient_checkpointing"
-    if memory.recompute_blocks == "auto":
+    number = memory.recompute_blocks
+    if number == "auto":
         return "as few blocks are recomputed as the GPU's memory allows"
-    return f"the first {memory.recompute_blocks} blocks are recomputed, the others kept"
+    blocks = (
+        "no block is"
+        if number == 0
+        else "the first block is"
+        if number == 1
+        else f"the first {number} blocks are"
+    )
+    return f"{blocks} recomputed"
 
 
 def _base_rate(config: TrainConfig) -> str:

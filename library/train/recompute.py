@@ -82,7 +82,7 @@ class Costs:
     kept: tuple[int, ...]  # that keeping a block's activations adds, by block
 
     def of(self, blocks: int) -> int:
-        """With the first `blocks` blocks recomputed."""
+        """At most, with the first `blocks` blocks recomputed: when they are, those that were kept are gone."""
         return self.all_recomputed + sum(self.kept[blocks:])
 
     def fewest(self, room: Callable[[int], bool]) -> int:
