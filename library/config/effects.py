@@ -105,6 +105,23 @@ def _precision(config: TrainConfig) -> str:
     return f"computes in {'float32' if precision == 'no' else precision}"
 
 
+def _recomputed(config: TrainConfig) -> str:
+    memory = config.memory
+    if not memory.gradient_checkpointing:
+        return "not used without gradient_checkpointing"
+    number = memory.recompute_blocks
+    if number == "auto":
+        return "as few blocks are recomputed as the GPU's memory allows"
+    blocks = (
+        "no block is"
+        if number == 0
+        else "the first block is"
+        if number == 1
+        else f"the first {number} blocks are"
+    )
+    return f"{blocks} recomputed"
+
+
 def _base_rate(config: TrainConfig) -> str:
     return "base rate" if config.optimizer.unet_lr is not None else "rate of every trained parameter"
 
@@ -194,6 +211,7 @@ PHRASES: Mapping[str, Phrase] = {
     "global_batch_size": "{} pictures make one optimizer step, over all GPUs",
     "seed": "decides every random choice",
     "mixed_precision": _precision,
+    "recompute_blocks": _recomputed,
     "dynamo_backend": "compiles by {} where blocks are compiled",
     "ddp_timeout": "a rank that is silent for {} minutes ends the run",
     "output_dir": "what the run makes is written here",

@@ -211,18 +211,17 @@ def cheap_recomputation_has_a_compiler(context: Context) -> None:
 
 def counted_blocks_are_recomputed(context: Context) -> None:
     """A number of recomputed blocks needs recomputation, and memory is measured on a GPU that holds the model."""
-    config, said = context.config, context.said("recompute_blocks")
-    if config.memory.recompute_blocks is None:
-        return
-    if not config.memory.gradient_checkpointing:
-        context.notices.remarks.append(f"{said} has no effect: it needs gradient_checkpointing")
-    elif (
-        config.memory.recompute_blocks == "auto"
-        and config.distributed.uses_deepspeed
-        and config.distributed.zero_stage == 3
-    ):
-        context.notices.remarks.append(
+    memory, parts, said = context.config.memory, context.config.distributed, context.said("recompute_blocks")
+    remarks = context.notices.remarks
+    if memory.recompute_blocks is not None and not memory.gradient_checkpointing:
+        remarks.append(f"{said} has no effect: it needs gradient_checkpointing")
+    elif memory.recompute_blocks == "auto" and parts.uses_deepspeed and parts.zero_stage == 3:
+        remarks.append(
             f"{said} recomputes all blocks with zero_stage 3, where no GPU holds the model: give a number"
+        )
+    elif memory.recompute_blocks == 0 and memory.cpu_offload_checkpointing:
+        remarks.append(
+            f"cpu_offload_checkpointing has no effect: {said} keeps all blocks, and it moves inputs of recomputed ones"
         )
 
 

@@ -82,7 +82,7 @@ class Costs:
     kept: tuple[int, ...]  # that keeping a block's activations adds, by block
 
     def of(self, blocks: int) -> int:
-        """With the first `blocks` blocks recomputed."""
+        """At most, with the first `blocks` blocks recomputed: when they are, those that were kept are gone."""
         return self.all_recomputed + sum(self.kept[blocks:])
 
     def fewest(self, room: Callable[[int], bool]) -> int:
@@ -109,6 +109,7 @@ def settle(job: Job, trained: Trained, adapter: ModelAdapter, objective: Objecti
             transformer, forward, trained.parameters, backend, CudaGauge(device), _room(job, trained, shapes)
         )
     free_memory()
+    job.clock.mark("rehearsal")
 
 
 def choose(
@@ -144,8 +145,9 @@ def measure(
 ) -> Costs:
     """What a micro-step takes; `forward` is its forward pass, the loss. Leaves no gradients behind.
 
-    Each is done once before it is measured: what is compiled or set up meanwhile does not count. Double blocks are
-    only kept, and measured, where there is room for all single ones, else they are taken to need all of it.
+    Each is done once before it is measured: what is compiled or set up meanwhile does not count. What there is no
+    room for is not tried: a second single block not without room for the last one, a double one not without room
+    for all single ones. It is taken to need as much as the last one, and all there is.
     """
     depth, singles = len(transformer.double_blocks), len(transformer.single_blocks)
     number = depth + singles
@@ -173,7 +175,8 @@ def measure(
         for parameter in parameters:
             parameter.grad = None
     last = adds(number - 1)
-    single = adds(number - 2) if singles > 1 else last
+    # Two blocks kept in a forward pass take less than one kept and one recomputed in the backward pass.
+    single = adds(number - 2) if singles > 1 and room(peak + last) else last
     double = _TOO_MUCH
     # A double block holds less than two single ones, so that trying one cannot run out of memory.
     if singles == 0 or (depth > 0 and room(peak + (singles + 2) * single)):

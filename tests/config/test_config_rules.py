@@ -173,6 +173,10 @@ def test_the_allowed_neighbours_of_refused_configs(changes):
             {"recompute_blocks": "auto", "gradient_checkpointing": "", "deepspeed": "", "zero_stage": "3"},
             "recomputes all blocks with zero_stage 3, where no GPU holds the model: give a number",
         ),
+        (
+            {"recompute_blocks": "0", "cpu_offload_checkpointing": ""},
+            "cpu_offload_checkpointing has no effect: --recompute_blocks 0 (command line) keeps all",
+        ),
         ({"clip_skip": "2"}, "No effect: clip_skip"),
     ],
 )
@@ -245,8 +249,10 @@ def test_every_code_is_explained_and_used(repository):
 def test_phrases_are_of_options_that_do_something():
     assert {name for name in PHRASES if OPTIONS[name].row.effect.state != "used"} == set()
     options = {"network_dim": "16", "network_alpha": "16", "lr_warmup_steps": "10%", "lr_scheduler": "cosine"}
+    options |= {"gradient_checkpointing": "", "recompute_blocks": "8"}
     loaded = load_config(words(**options, max_train_epochs="1"))
     said = {row.name: row.effect for row in resolved_table(loaded)}
+    assert said["recompute_blocks"] == "the first 8 blocks are recomputed"
     assert said["network_alpha"] == "what the network adds is scaled by alpha / dim = 1"
     assert said["lr_warmup_steps"] == "the rate rises over 10% of the run"
     assert said["max_train_epochs"] == "stops after 1 epoch"
