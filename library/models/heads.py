@@ -37,13 +37,18 @@ class Heads(NamedTuple):
     v: Tensor
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` does what its class says: nothing has replaced its forward or looks at its outputs."""
+    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+
+
 def fits(norms: Sequence[nn.Module]) -> bool:
     """Whether the operators do what these normalisations of queries and keys do: they are frozen, and nothing has
-    replaced them.
+    replaced or extended them.
     """
     scales = [parameter for norm in norms for parameter in norm.parameters()]
     frozen = not any(scale.requires_grad for scale in scales)
-    plain = all("forward" not in module.__dict__ for norm in norms for module in norm.modules())
+    plain = all(is_plain(module) for norm in norms for module in norm.modules())
     return frozen and plain and all(scale.numel().bit_count() == 1 for scale in scales)
 
 
