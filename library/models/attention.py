@@ -166,6 +166,16 @@ def use(chosen: str, verdict: Verdict) -> None:
     torch._C._set_sdp_priority_order([*first, *others])
 
 
+def in_effect() -> str:
+    """What decides in this process which kernel torch takes, as one word."""
+    own = torch._C
+    on = (
+        own._get_cudnn_sdp_enabled(), own._get_flash_sdp_enabled(),
+        own._get_mem_efficient_sdp_enabled(), own._get_math_sdp_enabled(),
+    )  # fmt: skip
+    return "-".join(str(int(number)) for number in (*on, *own._get_sdp_priority_order()))
+
+
 def kept_verdict(device: torch.device, dtype: torch.dtype, *, compiled: bool) -> Verdict:
     """The verdict for this machine: from the user's cache folder, else from a trial whose result goes there."""
     key = {
@@ -263,6 +273,11 @@ def check(
     for masked in masks:
         inputs = _inputs(device, dtype, heads=2, length=length)
         with sdpa_kernel(BACKENDS[name]):
+            if (
+                compiled
+            ):  # else what was compiled for the last kernel would be taken, here or as torch keeps it
+                torch.compiler.reset()
+                torch.compiler.config.cache_key_tag = in_effect()
             try:
                 results = _differentiate(function, inputs, masked)
             except RuntimeError as error:
