@@ -5,10 +5,9 @@ brought the process down, on some cards in some versions. So each is tried befor
 gradients of an attention of FLUX's length against the plain formula in float32, with and without a key mask,
 and inside a compiled function where the run compiles. The trial is a process of its own (a kernel that reads
 where it must not takes its process along) that works while weights are read. Its verdict is kept in the
-user's cache folder for this GPU, driver of kernels and torch, so only the first run may wait for it. Where the
-user has installed FlashAttention 3 or 4 they are tried as well, last, and a verdict counts for their version. A trial
-that fails for a reason that is not the kernel's (no memory left beside the model, a signal) judges nothing,
-and nothing of it is kept.
+user's cache folder for this GPU, torch and cuDNN, so only the first run may wait for it. Where the user has installed
+FlashAttention 3 or 4 they are tried as well, last, and a verdict counts for their version. A trial that fails for a
+reason that is not the kernel's (no memory left beside the model, a signal) judges nothing, and nothing of it is kept.
 
 The choice holds for the whole process. Kernels that failed are switched off in it.
 """
@@ -45,9 +44,8 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
-    **dict.fromkeys(
-        flash_packages.PACKAGES, SDPBackend.FLASH_ATTENTION
-    ),  # one at a time, in place of "flash"
+    # One of them at a time, in place of "flash".
+    **dict.fromkeys(flash_packages.PACKAGES, SDPBackend.FLASH_ATTENTION),
 }
 TRIED = ("cudnn", "flash", "efficient")  # math is what they are held against, and too large to be used
 MASKED = frozenset({"cudnn", "efficient"})  # kernels that take a mask; for others torch takes the next one
@@ -168,6 +166,16 @@ def use(chosen: str, verdict: Verdict) -> None:
     torch._C._set_sdp_priority_order([*first, *others])
 
 
+def in_effect() -> str:
+    """What decides in this process which kernel torch takes, as one word."""
+    own = torch._C
+    on = (
+        own._get_cudnn_sdp_enabled(), own._get_flash_sdp_enabled(),
+        own._get_mem_efficient_sdp_enabled(), own._get_math_sdp_enabled(),
+    )  # fmt: skip
+    return "-".join(str(int(number)) for number in (*on, *own._get_sdp_priority_order()))
+
+
 def kept_verdict(device: torch.device, dtype: torch.dtype, *, compiled: bool) -> Verdict:
     """The verdict for this machine: from the user's cache folder, else from a trial whose result goes there."""
     key = {
@@ -265,6 +273,11 @@ def check(
     for masked in masks:
         inputs = _inputs(device, dtype, heads=2, length=length)
         with sdpa_kernel(BACKENDS[name]):
+            if (
+                compiled
+            ):  # else what was compiled for the last kernel would be taken, here or as torch keeps it
+                torch.compiler.reset()
+                torch.compiler.config.cache_key_tag = in_effect()
             try:
                 results = _differentiate(function, inputs, masked)
             except RuntimeError as error:

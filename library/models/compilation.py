@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from library.files.user_cache import cache_folder
+from library.models import attention
 from library.models.activation_checkpoint import recompute_cheap
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,9 @@ def _configure() -> type[Exception]:
     for name in ("force_non_lazy_backward_lowering", "autograd_cache_allow_custom_autograd_functions"):
         if hasattr(autograd, name):  # not in every torch
             setattr(autograd, name, True)
+    # The kernel of attention is chosen while a block is traced, and is in nothing else that a kept graph is found by.
+    given = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = f"{given} attention {attention.in_effect()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     failure: type[Exception] = dynamo.exc.TorchDynamoException
     return failure

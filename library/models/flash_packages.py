@@ -91,7 +91,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> list[str]:
 def activate(name: str) -> None:
     """Let a package's kernels be torch's flash kernel, for the whole process.
 
-    Raises EnvironmentUnsupported where the package cannot be imported.
+    Raises EnvironmentUnsupported where the package cannot be imported, or is without its kernels.
     """
     package = PACKAGES[name]
     if package.implementation not in sdpa.list_flash_attention_impls():
@@ -101,7 +101,7 @@ def activate(name: str) -> None:
         warnings.filterwarnings("ignore", message="(?s).*overridden")  # which is what is wanted
         try:
             sdpa.activate_flash_attention_impl(package.implementation)
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # torch says the latter of one without its kernels
             raise EnvironmentUnsupported(
                 f"{package.distribution} cannot be imported ({error}): install it again, or remove it"
             ) from error

@@ -37,13 +37,18 @@ class Heads(NamedTuple):
     v: Tensor
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` does what its class says: nothing has replaced its forward or looks at its outputs."""
+    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+
+
 def fits(norms: Sequence[nn.Module]) -> bool:
     """Whether the operators do what these normalisations of queries and keys do: they are frozen, and nothing has
-    replaced them.
+    replaced or extended them.
     """
     scales = [parameter for norm in norms for parameter in norm.parameters()]
     frozen = not any(scale.requires_grad for scale in scales)
-    plain = all("forward" not in module.__dict__ for norm in norms for module in norm.modules())
+    plain = all(is_plain(module) for norm in norms for module in norm.modules())
     return frozen and plain and all(scale.numel().bit_count() == 1 for scale in scales)
 
 
@@ -163,6 +168,7 @@ def _part(rotation: tuple[Tensor, Tensor], first: int, count: int) -> Rotation:
     return Rotation(*(angles[:, :, first : first + count] for angles in rotation))
 
 
+@operators.custom_op("polyrank::split_heads", mutates_args=())
 def _split_heads(
     inner: Tensor, q_scale: Tensor, k_scale: Tensor, cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -177,6 +183,7 @@ def _split_heads(
     return q, k
 
 
+@operators.custom_op("polyrank::split_heads_backward", mutates_args=())
 def _split_heads_backward(  # noqa: PLR0913 (what one operator takes)
     grad_q: Tensor,
     grad_k: Tensor,
@@ -194,6 +201,7 @@ def _split_heads_backward(  # noqa: PLR0913 (what one operator takes)
     return _grad(grads, grad_mlp, inner, (q_scale, k_scale), Rotation(cos, sin), heads=heads, first=0)
 
 
+@operators.custom_op("polyrank::join_heads", mutates_args=())
 def _join_heads(  # noqa: PLR0913 (what one operator takes)
     text: Tensor,
     image: Tensor,
@@ -222,6 +230,7 @@ def _join_heads(  # noqa: PLR0913 (what one operator takes)
     return q, k, v
 
 
+@operators.custom_op("polyrank::join_heads_backward", mutates_args=())
 def _join_heads_backward(  # noqa: PLR0913 (what one operator takes)
     grad_q: Tensor,
     grad_k: Tensor,
@@ -301,30 +310,7 @@ def _room(like: Tensor, length: int, heads: int, scale: Tensor) -> Tensor:
     return like.new_empty(like.shape[0], length, heads, scale.numel())
 
 
-_SPLIT = "(Tensor inner, Tensor q_scale, Tensor k_scale, Tensor cos, Tensor sin, int heads)"
-_JOIN = (
-    "Tensor text, Tensor image, Tensor text_q, Tensor text_k, Tensor image_q, Tensor image_k, Tensor cos, Tensor sin, "
-    "int heads"
-)
-_GRADS = "Tensor grad_q, Tensor grad_k, Tensor grad_v"
-
-_split_operator = operators.custom_op(
-    "polyrank::split_heads", _split_heads, mutates_args=(), schema=f"{_SPLIT} -> (Tensor, Tensor)"
-)
-_split_backward_operator = operators.custom_op(
-    "polyrank::split_heads_backward", _split_heads_backward, mutates_args=(),
-    schema=f"({_GRADS}, Tensor grad_mlp, {_SPLIT[1:]} -> Tensor",
-)  # fmt: skip
-_join_operator = operators.custom_op(
-    "polyrank::join_heads", _join_heads, mutates_args=(), schema=f"({_JOIN}) -> (Tensor, Tensor, Tensor)"
-)
-_join_backward_operator = operators.custom_op(
-    "polyrank::join_heads_backward", _join_heads_backward, mutates_args=(),
-    schema=f"({_GRADS}, {_JOIN}) -> (Tensor, Tensor)",
-)  # fmt: skip
-
-
-@_split_operator.register_fake
+@_split_heads.register_fake
 def _(
     inner: Tensor, q_scale: Tensor, k_scale: Tensor, cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -333,13 +319,13 @@ def _(
     return q, k
 
 
-@_split_backward_operator.register_fake
+@_split_heads_backward.register_fake
 def _(*arguments: Any) -> Tensor:
     inner = cast(Tensor, arguments[4])
     return inner.new_empty(inner.shape)
 
 
-@_join_operator.register_fake
+@_join_heads.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     text, image, scale, heads = arguments[0], arguments[1], arguments[2], arguments[-1]
     length = text.shape[1] + image.shape[1]
@@ -347,7 +333,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@_join_backward_operator.register_fake
+@_join_heads_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     text, image = cast(Tensor, arguments[3]), cast(Tensor, arguments[4])
     return text.new_empty(text.shape), image.new_empty(image.shape)

@@ -26,19 +26,14 @@ from torch import Tensor, nn
 from torch import library as operators
 
 from library.models import norms_formulas
-from library.models.heads import EPSILON
+from library.models.heads import EPSILON, is_plain
 from library.models.kernels import trusted
 
 
 def fits(norms: Sequence[nn.Module]) -> bool:
     """Whether the operators do what these normalisations of streams do: nothing has replaced or extended them."""
     return all(
-        type(norm) is nn.LayerNorm
-        and not norm.elementwise_affine
-        and norm.eps == EPSILON
-        and "forward" not in norm.__dict__
-        and not norm._forward_hooks
-        and not norm._forward_pre_hooks
+        type(norm) is nn.LayerNorm and not norm.elementwise_affine and norm.eps == EPSILON and is_plain(norm)
         for norm in norms
     )
 

@@ -14,6 +14,7 @@ from library.models.kernels import trusted
 FP8 = torch.float8_e4m3fn
 LARGEST = {FP8: 448.0, torch.int8: 127.0}
 SMALLEST_SCALE = 2.0**-100  # of a row of zeros
+_LEAST_CAPABILITY = (8, 9)  # of an NVIDIA GPU that has fp8
 _CHECKED_ROWS = (80, 4112)  # numbers: a row that the kernel holds whole, and one that it reads twice
 
 
@@ -42,6 +43,8 @@ def to_8_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
 @cache
 def _kernel(device: torch.device) -> Any:
     """The kernel, or None where it cannot be trusted."""
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return None  # no fault to warn of: a product is refused there, and `base_compute = "auto"` takes int8
 
     def check(kernel: Any) -> list[tuple[Tensor, Tensor]]:
         pairs = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from library.models import attention
 from library.models.attention import Verdict, begin, check, main, settle, trial, use
@@ -105,6 +106,14 @@ def test_kernels_are_not_blamed_for_a_compiler_that_does_not_work(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     torch._dynamo.reset()
     check("math", CPU, torch.float32, compiled=True, length=96)
+
+
+def test_what_was_compiled_for_one_kernel_is_not_taken_for_the_next(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for name, operator in (("flash", "flash_attention_for_cpu"), ("math", "attention_math")):
+        with torch.compiler.config.patch(cache_key_tag=""), profile() as seen:
+            check(name, CPU, torch.float32, compiled=True, length=96)
+        assert any(event.key.endswith(operator) for event in seen.key_averages()), name
 
 
 def test_the_fastest_right_kernel_wins():

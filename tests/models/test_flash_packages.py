@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -141,6 +142,12 @@ def test_a_package_that_cannot_be_imported_costs_only_itself(monkeypatch, tmp_pa
     assert found.seconds == {name: None}
     assert found.faults[name].startswith(f"{PACKAGES[name].distribution} cannot be imported (No module named")
     assert found.fastest == "math"
+
+
+def test_a_package_without_kernels_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    with pytest.raises(EnvironmentUnsupported, match=r"flash_attn_3 cannot be imported .*: install it again"):
+        flash_packages.activate("flash3")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import library as operators
 from torch import nn
 
 from library.config.sections.network import NetworkConfig
-from library.models import frozen
+from library.models import frozen, rounding
 from library.models.precision import block_linears, store_blocks_in_fp8
 from library.models.rounding import round_rows
 from networks.interface import create
@@ -130,6 +130,13 @@ def test_scaled_products_are_near_in_every_token(kind, tolerance, keep_transpose
     out.backward(direction)
     expected.backward(direction)
     assert by_row(x.grad, reference.grad) < tolerance
+
+
+def test_a_card_without_fp8_is_not_warned_of_a_kernel_that_it_has_no_use_for(monkeypatch):
+    monkeypatch.setattr(rounding, "trusted", lambda name, check: "kernel")
+    for capability, found in (((8, 6), None), ((8, 9), "kernel")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, own=capability: own)
+        assert rounding._kernel.__wrapped__(torch.device("cuda")) == found
 
 
 def test_scaled_products_are_exactly_those_of_the_rounded_numbers():

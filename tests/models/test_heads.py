@@ -75,8 +75,10 @@ def test_what_a_network_trains_or_replaces_is_left_to_the_layers():
     trained, replaced = norm(), norm()
     trained.key_norm.scale.requires_grad_(True)
     replaced.query_norm.forward = lambda x: x
-    assert not heads.fits([norm(), trained])
-    assert not heads.fits([replaced])
+    watched = norm()
+    watched.key_norm.register_forward_hook(lambda *_: None)
+    for other in (trained, replaced, watched):
+        assert not heads.fits([norm(), other])
 
 
 def test_gelu_by_the_sigmoid_is_gelu_by_the_tanh():
