@@ -274,9 +274,8 @@ def check(
     for masked in masks:
         inputs = _inputs(device, dtype, heads=2, length=length)
         with sdpa_kernel(BACKENDS[name]):
-            if (
-                compiled
-            ):  # else what was compiled for the last kernel would be taken, here or as torch keeps it
+            if compiled:
+                # Else what was compiled for the last kernel would be taken, from here or from what torch keeps.
                 torch.compiler.reset()
                 torch.compiler.config.cache_key_tag = in_effect()
             try:
