@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -78,10 +77,11 @@ def recompute_cheap(block: nn.Module, *arguments: object) -> Any:
 
     To be compiled: uncompiled, operators that work in place forbid it.
     """
-    return checkpoint(
-        block, *arguments, use_reentrant=False,
-        context_fn=partial(create_selective_checkpoint_contexts, _policy),
-    )  # fmt: skip
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
 
 
 def _policy(_context: object, operator: Any, *arguments: Any, **_options: Any) -> CheckpointPolicy:
@@ -103,6 +103,10 @@ def is_dear(operator: Any, arguments: Sequence[Any]) -> bool:
     rows, inner = arguments[place[0]].shape
     outer = arguments[place[1]].shape[place[2]]
     return bool(outer <= inner or rows <= _FEW_ROWS)
+
+
+# What tells this choice from another, so that torch may keep what it traced with it for the next start.
+_contexts.cache_hash = f"{_FACTORS} {_FEW_ROWS} {is_dear.__code__.co_code!r} {is_dear.__code__.co_consts}"  # type: ignore[attr-defined]
 
 
 class SavedOnHost:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library.config.sections.network import NetworkConfig
 from library.models import compilation, frozen
+from library.models.activation_checkpoint import recompute_cheap
 from library.models.compilation import STATIC_SHAPES
 from library.models.precision import block_weights, is_modulation_weight
 from networks.interface import create
@@ -245,6 +246,22 @@ def test_a_second_start_finds_what_was_traced(monkeypatch, tmp_path):
             hits.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
     assert hits == [0, 1, 0], "a kept graph holds the kernel of attention that it was traced with"
     assert torch.equal(found[0], found[1])
+
+
+def test_a_second_start_finds_what_was_traced_to_be_recomputed(monkeypatch, tmp_path):
+    kept = pytest.importorskip("torch._functorch._aot_autograd.autograd_cache")
+    if not hasattr(kept, "_get_context_fn_cache_hash"):
+        pytest.skip("this torch keeps nothing that is recomputed")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compilation.begin("inductor")
+    hits = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        block, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()), torch.ones(2, 8)
+        torch.compile(recompute_cheap, dynamic=False)(block, x.requires_grad_()).sum().backward()
+        hits.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 1]
 
 
 @pytest.mark.parametrize("failing", ["forward", "backward"])
