@@ -112,12 +112,9 @@ def _recomputed(config: TrainConfig) -> str:
     number = memory.recompute_blocks
     if number == "auto":
         return "as few blocks are recomputed as the GPU's memory allows"
+    few = {0: "no block is", 1: "the first block is"}
     blocks = (
-        "no block is"
-        if number == 0
-        else "the first block is"
-        if number == 1
-        else f"the first {number} blocks are"
+        few.get(number, f"the first {number} blocks are") if isinstance(number, int) else "all blocks are"
     )
     return f"{blocks} recomputed"
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
+from torch import library as operators
 from torch.nn import attention as sdpa
 
 from library.errors import EnvironmentUnsupported
@@ -40,13 +40,14 @@ class Package:
     beneath: tuple[str, ...] = ()  # distributions whose version matters as much
 
 
+_OURS = "polyrank-flash4"  # the code between torch and flash-attn-4 that is below
 PACKAGES: Mapping[str, Package] = {
     "flash3": Package(
         "flash_attn_3", "build it from the folder hopper of the FlashAttention repository", (9,),
         "Hopper (H100, H200)", "FA3",
     ),
     "flash4": Package(
-        "flash-attn-4", "pip install flash-attn-4", (9, 10, 11, 12), "Hopper or Blackwell", "polyrank-flash4",
+        "flash-attn-4", "pip install flash-attn-4", (9, 10, 11, 12), "Hopper or Blackwell", _OURS,
         beneath=("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13"),
     ),
 }  # fmt: skip
@@ -94,7 +95,7 @@ def activate(name: str) -> None:
     Raises EnvironmentUnsupported where the package cannot be imported, or is without its kernels.
     """
     package = PACKAGES[name]
-    if package.implementation not in sdpa.list_flash_attention_impls():
+    if package.implementation == _OURS and _OURS not in sdpa.list_flash_attention_impls():
         _keep_compiled_kernels()
         sdpa.register_flash_attention_impl(package.implementation, register_fn=take_over)
     with warnings.catch_warnings():
@@ -121,20 +122,20 @@ def _keep_compiled_kernels() -> None:
 class _Taken:
     """The operators taken over, for as long as torch holds it."""
 
-    def __init__(self, library: Library) -> None:
-        self.library: Library | None = library
+    def __init__(self, held: operators.Library) -> None:
+        self.held: operators.Library | None = held
 
     def remove(self) -> None:
-        self.library = None
+        self.held = None
 
 
 def take_over(key: str = "CUDA") -> _Taken:
     """Put flash-attn-4 behind torch's operators for tensors of one dispatch key. Raises ImportError."""
     importlib.import_module(_KERNELS)
-    library = Library("aten", "IMPL", key)  # type: ignore[no-untyped-call]
-    library.impl("_scaled_dot_product_flash_attention", _forward)  # type: ignore[no-untyped-call]
-    library.impl("_scaled_dot_product_flash_attention_backward", _backward)  # type: ignore[no-untyped-call]
-    return _Taken(library)
+    held = operators.Library("aten", "IMPL", key)  # type: ignore[no-untyped-call]
+    held.impl("_scaled_dot_product_flash_attention", _forward)  # type: ignore[no-untyped-call]
+    held.impl("_scaled_dot_product_flash_attention_backward", _backward)  # type: ignore[no-untyped-call]
+    return _Taken(held)
 
 
 def _forward(

@@ -29,9 +29,8 @@ def trusted(name: str, check: Callable[[ModuleType], Sequence[tuple[Tensor, Tens
             float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
             for found, wanted in check(kernels)
         ]
-        wrong = [
-            distance for distance in distances if not distance < _TOLERANCE
-        ]  # NaN is neither less nor more
+        # NaN is neither less nor more.
+        wrong = [distance for distance in distances if not distance < _TOLERANCE]
         fault = f"it is off by {max(wrong):.2g} of the largest number" if wrong else ""
     except Exception as error:  # noqa: BLE001 - whatever a compiler of kernels raises, there are the formulas
         torch.cuda.synchronize()

@@ -39,29 +39,27 @@ from tools.bench_train import assemble, parse
 BLOCKS = 4  # of the tiny size: two double, two single
 
 
-class LiveBytes(TorchDispatchMode):
-    """A `Gauge` for any device: bytes of all that was made within it and is still there. Slow."""
+class Storages:
+    """A `Gauge` for any device: bytes of the storages that were noted and are still there."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self._most = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                found = StorageWeakRef(storage)
-                known = self._seen.get(found.cdata)
-                if known is None or known[0].expired():
-                    self._seen[found.cdata] = (found, storage.nbytes())
-        self._most = max(self._most, self.in_use())
-        return made
+    def note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        found = StorageWeakRef(storage)
+        known = self._seen.get(found.cdata)
+        if known is None or known[0].expired():
+            self._seen[found.cdata] = (found, storage.nbytes())
 
     def in_use(self) -> int:
         self._seen = {key: pair for key, pair in self._seen.items() if not pair[0].expired()}
         return sum(size for _, size in self._seen.values())
+
+    def look(self) -> None:
+        self._most = max(self._most, self.in_use())
 
     def begin(self) -> None:
         self._most = self.in_use()
@@ -70,38 +68,37 @@ class LiveBytes(TorchDispatchMode):
         return self._most
 
 
-class SavedBytes:
-    """A `Gauge` for any device: bytes of the tensors that autograd holds, but for those of `modules`.
+class LiveBytes(Storages, TorchDispatchMode):
+    """Bytes of all that was made within it and is still there. Slow."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.note(tensor)
+        self.look()
+        return made
+
+
+class SavedBytes(Storages):
+    """Bytes of the tensors that autograd holds, but for those of `modules`.
 
     What is recomputed in a backward pass it does not see: its peak is that of the forward pass.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
         own = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
         self._own = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in own}
-        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._most = 0
 
     def hooks(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self._note, lambda tensor: tensor)
+        return saved_tensors_hooks(self._save, lambda tensor: tensor)
 
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        found = StorageWeakRef(storage)
-        if found.cdata not in self._own:
-            self._seen[found.cdata] = (found, storage.nbytes())
-            self._most = max(self._most, self.in_use())
+    def _save(self, tensor: Tensor) -> Tensor:
+        if StorageWeakRef(tensor.untyped_storage()).cdata not in self._own:
+            self.note(tensor)
+            self.look()
         return tensor.detach()  # itself, it would hold the graph that holds it
-
-    def in_use(self) -> int:
-        self._seen = {key: pair for key, pair in self._seen.items() if not pair[0].expired()}
-        return sum(size for _, size in self._seen.values())
-
-    def begin(self) -> None:
-        self._most = self.in_use()
-
-    def peak(self) -> int:
-        return self._most
 
 
 @contextmanager
