@@ -102,14 +102,6 @@ def is_grouped(linear: nn.Linear) -> bool:
     return isinstance(getattr(linear, "group_scale", None), Tensor)
 
 
-def wide_weight(linear: nn.Linear) -> Tensor:
-    """The weight [out, in] that the layer multiplies with, in float32."""
-    weight = linear.weight.detach()
-    if is_grouped(linear):
-        return few_rows.widened(weight, cast(Tensor, linear.group_scale).float(), torch.float32)
-    return weight.float() * cast(Tensor, linear.weight_scale).T if is_scaled(linear) else weight.float()
-
-
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
     """`nn.Linear.forward`, in autocast's dtype if on, else in that of `x`."""
     return _joining_forward(self, x)

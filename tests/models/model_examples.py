@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from library.models import few_rows, frozen
 from library.models.autoencoder import AutoEncoder
 from library.models.flux import Flux
 from library.models.params import AutoEncoderParams, FluxParams, rotary_axes
@@ -81,3 +82,11 @@ def flux_inputs(
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference, relative to the largest magnitude of `b`."""
     return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+
+
+def wide_weight(linear: nn.Linear) -> Tensor:
+    """The weight [out, in] that the layer multiplies with, in float32."""
+    weight = linear.weight.detach()
+    if frozen.is_grouped(linear):
+        return few_rows.widened(weight, linear.group_scale.float(), torch.float32)
+    return weight.float() * linear.weight_scale.T if frozen.is_scaled(linear) else weight.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_examples import difference, flux_inputs, flux_params, random_flux
+from model_examples import difference, flux_inputs, flux_params, random_flux, wide_weight
 from torch import library as operators
 from torch import nn
 
@@ -46,7 +46,7 @@ def test_every_group_is_as_near():
     frozen.store_grouped(linear)
     assert (linear.weight.dtype, linear.weight.shape) == (torch.int8, (OUTER, INNER))
     assert not frozen.is_scaled(linear)
-    found = frozen.wide_weight(linear)
+    found = wide_weight(linear)
     for one, other in zip(
         found.split(few_rows.GROUP, dim=1), plain.split(few_rows.GROUP, dim=1), strict=True
     ):
@@ -71,7 +71,7 @@ def test_only_the_weight_is_rounded(dtype, joined):
     x, reference, bias = inputs(dtype), inputs(dtype), linear.bias.detach().float().requires_grad_(True)
     low_rank = {"low_rank": (down, up)} if joined else {}
     out = linear.forward(x, **low_rank)
-    expected = nn.functional.linear(reference.float(), frozen.wide_weight(linear), bias)
+    expected = nn.functional.linear(reference.float(), wide_weight(linear), bias)
     if joined:
         expected = expected + (reference.float() @ plain_down.T) @ plain_up.T
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -105,7 +105,7 @@ def test_modulation_layers_are_stored_so(kind, narrow):
     model = random_flux(PARAMS)
     if narrow:
         store_blocks_in_fp8(model)
-    before = {name: frozen.wide_weight(linear) for name, linear in block_weights(model).items()}
+    before = {name: wide_weight(linear) for name, linear in block_weights(model).items()}
     config = parse(["--base_compute", kind, "--mixed_precision", "bf16"])[1]
     Speed(config, torch.device("cpu")).before_network(model)
     modulations = {
@@ -115,7 +115,7 @@ def test_modulation_layers_are_stored_so(kind, narrow):
         assert frozen.is_grouped(linear) == is_modulation_weight(name) == (name in modulations)
         assert frozen.is_scaled(linear) == (name not in modulations)
         if name in modulations:
-            assert difference(frozen.wide_weight(linear), before[name]) < 0.005
+            assert difference(wide_weight(linear), before[name]) < 0.005
 
 
 def test_shifts_scales_and_gates_are_nearer_than_with_rounded_activations():

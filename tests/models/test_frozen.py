@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_examples import difference, flux_inputs, flux_params, random_flux
+from model_examples import difference, flux_inputs, flux_params, random_flux, wide_weight
 from torch import library as operators
 from torch import nn
 
@@ -123,7 +123,7 @@ def test_scaled_products_are_near_in_every_token(kind, tolerance, keep_transpose
     bias = linear.bias.clone()
     frozen.store_scaled(linear, kind, keep_transposed=keep_transposed)
     assert linear.weight.dtype == frozen.SCALED_DTYPES[kind]
-    assert by_row(frozen.wide_weight(linear), layer().weight) < tolerance
+    assert by_row(wide_weight(linear), layer().weight) < tolerance
     out = linear(x) - bias
     assert by_row(out, expected) < tolerance
     direction = torch.randn_like(expected) * torch.logspace(-2, 2, 20)[:, None]
@@ -145,7 +145,7 @@ def test_scaled_products_are_exactly_those_of_the_rounded_numbers():
     x = torch.randn(TOKENS, INNER)
     scale = x.abs().amax(dim=1, keepdim=True) / 448
     rounded = (x / scale).to(torch.float8_e4m3fn).float() * scale
-    torch.testing.assert_close(linear(x), rounded @ frozen.wide_weight(linear).T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x), rounded @ wide_weight(linear).T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_in_fp8_is_not_rounded_twice():
@@ -154,7 +154,7 @@ def test_a_weight_in_fp8_is_not_rounded_twice():
     before = linear.weight.float()
     frozen.store_scaled(linear, "fp8", keep_transposed=False)
     normal = before.abs() >= 2**-6  # below lie numbers of fewer digits
-    assert torch.equal(frozen.wide_weight(linear)[normal], before[normal])
+    assert torch.equal(wide_weight(linear)[normal], before[normal])
 
 
 def test_rows_and_tokens_of_zeros():
