@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.models import carried, frozen
+from library.models.memory import free_memory
 
 
 class Factors(Protocol):
@@ -255,4 +256,5 @@ def carry(linears: Iterable[nn.Linear], *, dtype: torch.dtype) -> Callable[[], N
         factors: Factors | None = asked()
         if factors is not None and frozen.make_room(linear, factors.rank, dtype):
             layers.append((linear, asked))
+    free_memory()  # what held the weights before
     return Carrying(layers).write if layers else None
