@@ -26,6 +26,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,15 @@ class Dropouts:
     activation: float = 0.0  # of each of the rank activations of each token
     rank: float = 0.0  # of a rank, for all tokens of a sample; the rest is scaled up
     module: float = 0.0  # of the whole adapter, once a call; the rest is not scaled
+
+
+class Factors(NamedTuple):
+    """The factors of one layer: `up` times alpha / rank, and a multiplier of 1, is what goes along."""
+
+    down: Tensor  # [rank, in]
+    ups: Sequence[Tensor]  # the blocks of `up` [out, rank]
+    alpha: Tensor  # scalar float32
+    rank: int
 
 
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
@@ -137,6 +147,12 @@ class LoRALinear(nn.Module):
         if self.training and self.perturbation is not None:
             output = output + self.perturbation(x).to(base.dtype)
         return output
+
+    def factors(self) -> Factors | None:
+        """What the layer's own product takes along in training; None where it does not."""
+        if not self._base_joins or self._between_factors():
+            return None
+        return Factors(self.lora_down.weight, [up.weight for up in self.ups()], self.alpha, self.rank)
 
     def _between_factors(self) -> bool:
         """Whether more than the two factors shapes the output now."""

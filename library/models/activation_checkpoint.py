@@ -31,6 +31,7 @@ _FACTORS = {
     "aten._scaled_mm.default": (0, 1, 1),
     "aten._int_mm.default": (0, 1, 1),
     "polyrank.joined.default": (0, 3, 0),
+    "polyrank.carried.default": (0, 5, 0),
     "polyrank.few_rows.default": (0, 1, 0),
 }
 _IN_FLIGHT = 2  # tensors whose copy may be under way in each direction: a double block has two large inputs

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from library.models import heads, norms
 from library.models.activation_checkpoint import Recomputation, SavedOnHost
 from library.models.block_swap import BlockSwap, SwapPlan
+from library.models.carrying import Carrying
 from library.models.compilation import CompiledBlocks
 from library.models.layers import (
     EMBEDDING_WIDTH,
@@ -41,6 +42,7 @@ class Flux(nn.Module):
         self.params = params
         self.recomputation: Recomputation | None = None
         self.swap: BlockSwap | None = None
+        self.carrying: Carrying | None = None  # kept by whoever puts an adapter on
         self.compiled: CompiledBlocks | None = None
         hidden, num_heads, mlp = params.hidden_size, params.num_heads, params.mlp_hidden
         self.img_in = nn.Linear(params.in_channels, hidden)
@@ -153,6 +155,8 @@ class Flux(nn.Module):
         Raises:
             ValueError: `guidance` is missing on a model that embeds it.
         """
+        if self.carrying is not None:
+            self.carrying.balance()
         dtype = self.compute_dtype()
         vec = self._condition(timesteps, y.to(dtype), guidance)
         image, text = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))

@@ -28,14 +28,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.models import few_rows
-from library.models.products import GroupedProduct, JoinedProduct, NarrowProduct, ScaledProduct
+from library.models import carried, few_rows
+from library.models.products import (
+    GroupedProduct,
+    JoinedProduct,
+    NarrowProduct,
+    ScaledProduct,
+    transposed_copy,
+)
 from library.models.rounding import FP8, LARGEST, SMALLEST_SCALE, to_8_bits
 
 LowRank = tuple[Tensor, Tensor]  # down [r, in] and up [out, r], strength included
 Scaled = Literal["fp8", "int8"]
 
 NARROW = FP8
+_UNLIKE = 256  # a power of two, like the scales
 SCALED_DTYPES: dict[Scaled, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
 
 
@@ -89,7 +96,53 @@ def store_grouped(linear: nn.Linear, *, device: torch.device | None = None) -> N
 def keep_transposed_copy(linear: nn.Linear) -> None:
     """Hold the weight transposed as well, which the backward pass of scaled fp8 multiplies with."""
     if is_scaled(linear) and linear.weight.dtype == FP8:
-        linear.register_buffer("weight_transposed", linear.weight.detach().t().contiguous(), persistent=False)
+        copy = transposed_copy(linear.weight.detach(), more=getattr(linear, "more_columns", 0))
+        linear.register_buffer("weight_transposed", copy, persistent=False)
+
+
+@torch.no_grad()
+def make_room(linear: nn.Linear, rank: int, dtype: torch.dtype) -> Tensor | None:
+    """Give a prepared layer's weight room for factors of a low rank, where `library.models.carried` takes them along.
+
+    `dtype` is what the layer computes in. Returns the smallest scale of a row, scalar float32, where there is a balance
+    to be kept in `linear.balance` [2]. The storage is laid out anew, so this comes before anything refers to it.
+    """
+    weight = linear.weight.detach()
+    short = tuple(side <= carried.LONGEST for side in (linear.in_features, linear.out_features))
+    fp8 = is_scaled(linear) and weight.dtype == FP8
+    if not any(short) or is_grouped(linear) or not (fp8 or weight.dtype == dtype):
+        return None
+    if fp8:
+        weight = _with_like_scales(linear)
+    more = carried.columns(rank, weight.dtype)
+    beside, below = (more * side for side in short)
+    if fp8:  # the transposed copy has room of its own
+        below, linear.__dict__["more_columns"] = 0, below
+    out, inner = weight.shape
+    room = weight.new_zeros(out + below, inner + beside)
+    room[:out, :inner] = weight
+    linear.weight = nn.Parameter(room[:out, :inner], requires_grad=False)
+    linear.register_buffer("room", room if beside or below else None, persistent=False)
+    if not fp8:
+        return None
+    if isinstance(getattr(linear, "weight_transposed", None), Tensor):
+        keep_transposed_copy(linear)
+    scale = cast(Tensor, linear.weight_scale)
+    linear.register_buffer("balance", scale.new_ones(2), persistent=False)
+    return scale.min()
+
+
+def _with_like_scales(linear: nn.Linear) -> Tensor:
+    """The fp8 weight; rows far smaller than the largest one get that row's scale over `_UNLIKE`.
+
+    What is carried along with a row is of a size of its own, and not to leave the range of the row's scale.
+    """
+    weight, scale = linear.weight.detach(), cast(Tensor, linear.weight_scale)
+    limited = scale.clamp(min=scale.max() / _UNLIKE)
+    if bool((limited != scale).any()):
+        weight = to_8_bits(weight.float() * (scale / limited).to(weight.device).T, FP8)
+        linear.weight_scale = limited
+    return weight
 
 
 def is_scaled(linear: nn.Linear) -> bool:
@@ -118,7 +171,7 @@ def _joining_forward(self: nn.Linear, x: Tensor, low_rank: LowRank | None = None
     if low_rank is not None:
         down, up = (factor.to(dtype) for factor in low_rank)
         out = JoinedProduct.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, x.shape[-1]), self.weight, bias, down, up
+            x.reshape(-1, x.shape[-1]), self.weight, bias, down, up, getattr(self, "room", None)
         )
         return cast(Tensor, out.view(*x.shape[:-1], -1))
     if self.weight.dtype == NARROW:
@@ -137,8 +190,9 @@ def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: 
     else:
         transposed = getattr(linear, "weight_transposed", None)
         out = ScaledProduct.apply(  # type: ignore[no-untyped-call]
-            flat, linear.weight, linear.weight_scale.float(), transposed, bias, down, up
-        )
+            flat, linear.weight, linear.weight_scale.float(), transposed, bias, down, up,
+            getattr(linear, "room", None), getattr(linear, "balance", None), getattr(linear, "more_columns", 0),
+        )  # fmt: skip
     return out.view(*x.shape[:-1], -1)
 
 

@@ -14,7 +14,6 @@ Shape letters: T tokens, r rank.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -22,11 +21,10 @@ from torch import Tensor
 from torch import library as operators
 from torch.nn import functional as F
 
-from library.models import few_rows
+from library.models import carried, few_rows
 from library.models.aside import Aside
 from library.models.rounding import FP8, round_rows
-
-_INT_MM_ROWS = 32  # cuBLAS multiplies int8 from 17 rows on
+from library.models.scaled_mm import multiply
 
 
 class NarrowProduct(torch.autograd.Function):
@@ -50,31 +48,54 @@ class NarrowProduct(torch.autograd.Function):
 
 
 class JoinedProduct(torch.autograd.Function):
-    """The sum of both for x [T, in] and a wide or narrow W; keeps x and x down^T [T, r] and nothing of [T, out]."""
+    """The sum of both for x [T, in] and a wide or narrow W; keeps x and x down^T [T, r] and nothing of [T, out].
+
+    `room` is the storage of a wide W that has room for the factors, as in `library.models.carried`, or None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
-        out, hidden = _operator("joined")(x, None, None, weight, None, bias, down, up)
-        ctx.save_for_backward(x, weight, hidden, down, up)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        room: Tensor | None,
+    ) -> Tensor:
+        if room is not None and room.dtype != x.dtype:
+            room = None
+        if room is not None and room.shape[1] > x.shape[1]:
+            out, hidden = _operator("carried")(x, room, None, bias, down, up, None)
+        else:
+            out, hidden = _operator("joined")(x, None, None, weight, None, bias, down, up)
+        ctx.save_for_backward(x, weight, hidden, down, up, room)
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight, hidden, down, up = ctx.saved_tensors
-        needs_input, _, needs_bias, _, _ = ctx.needs_input_grad
-        grad_x, grad_down, grad_up = _operator("joined_backward")(
-            grad, None, None, weight, x, hidden, down, up, needs_input
-        )
+        x, weight, hidden, down, up, room = ctx.saved_tensors
+        needs_input, _, needs_bias, *_ = ctx.needs_input_grad
+        if room is not None and needs_input and room.shape[0] > grad.shape[1]:
+            grad_x, grad_down, grad_up = _operator("carried_backward")(
+                grad, room, None, x, hidden, down, up, None
+            )
+        else:
+            grad_x, grad_down, grad_up = _operator("joined_backward")(
+                grad, None, None, weight, x, hidden, down, up, needs_input
+            )
         grad_bias = grad.sum(0) if needs_bias else None
-        return grad_x if needs_input else None, None, grad_bias, grad_down, grad_up
+        return grad_x if needs_input else None, None, grad_bias, grad_down, grad_up, None
 
 
 class ScaledProduct(torch.autograd.Function):
     """The product of x [T, in] with a scaled W, which is multiplied in 8 bits both ways, and the sum with factors.
 
     Without factors it keeps nothing of x, with them x and x down^T [T, r]. `scale` is [1, out]; `transposed`
-    [in, out] is the weight's second copy, or None.
+    [in, out] is the weight's second copy, or None. Where fp8 has room for the factors, as in `library.models.carried`,
+    there is a `balance`; then `room` [out, in + more] is the storage of the weight or None, and `more` how many columns
+    more the second copy has or is to have, 0 if none.
     """
 
     @staticmethod
@@ -87,25 +108,41 @@ class ScaledProduct(torch.autograd.Function):
         bias: Tensor | None,
         down: Tensor | None,
         up: Tensor | None,
+        room: Tensor | None,
+        balance: Tensor | None,
+        more: int,
     ) -> Tensor:
-        rounded, by_token = round_rows(x, weight.dtype)
+        ctx.more = more
         if down is None or up is None:
-            ctx.save_for_backward(weight, scale, transposed, None, None, None, None)
+            rounded, by_token = round_rows(x, weight.dtype)
+            ctx.save_for_backward(weight, scale, transposed, None, None, None, None, None)
             return multiply(rounded, by_token, weight.t(), scale, bias).to(x.dtype)
-        out, hidden = _operator("joined")(x, rounded, by_token, weight, scale, bias, down, up)
-        ctx.save_for_backward(weight, scale, transposed, x, hidden, down, up)
+        if room is not None:
+            out, hidden = _operator("carried")(x, room, scale, bias, down, up, balance)
+        else:
+            rounded, by_token = round_rows(x, weight.dtype)
+            out, hidden = _operator("joined")(x, rounded, by_token, weight, scale, bias, down, up)
+        ctx.save_for_backward(weight, scale, transposed, x, hidden, down, up, balance)
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, scale, transposed, x, hidden, down, up = ctx.saved_tensors
+        weight, scale, transposed, x, hidden, down, up, balance = ctx.saved_tensors
         needs_input = ctx.needs_input_grad[0]
         grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
         rounded = by_token = grad_x = grad_down = grad_up = None
+        if needs_input and weight.dtype == FP8:
+            # cuBLAS multiplies fp8 with a second factor that lies column by column.
+            transposed = transposed_copy(weight, more=ctx.more) if transposed is None else transposed
+        if needs_input and ctx.more and up is not None:
+            grad_x, grad_down, grad_up = _operator("carried_backward")(
+                grad, transposed, scale, x, hidden, down, up, balance
+            )
+            return grad_x, None, None, None, grad_bias, grad_down, grad_up, None, None, None
         if needs_input:
-            if weight.dtype == FP8:  # cuBLAS multiplies fp8 with a second factor that lies column by column
-                weight = (weight.t().contiguous() if transposed is None else transposed).t()
+            if weight.dtype == FP8:
+                weight = transposed[:, : grad.shape[1]].t()
             # The rows' scales belong to the inner dimension here, so they join the gradient before it is rounded.
             rounded, by_token = round_rows(grad, weight.dtype, scale)
         if up is not None:
@@ -114,7 +151,8 @@ class ScaledProduct(torch.autograd.Function):
             )
         elif rounded is not None and by_token is not None:
             grad_x = multiply(rounded, by_token, weight, None, None).to(grad.dtype)
-        return grad_x if needs_input else None, None, None, None, grad_bias, grad_down, grad_up
+        grad_x = grad_x if needs_input else None
+        return grad_x, None, None, None, grad_bias, grad_down, grad_up, None, None, None
 
 
 class GroupedProduct(torch.autograd.Function):
@@ -158,41 +196,10 @@ class GroupedProduct(torch.autograd.Function):
         return grad_x if needs_input else None, None, None, grad_bias, grad_down, grad_up
 
 
-def multiply(
-    x: Tensor, by_row: Tensor, second: Tensor, by_column: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """`x` [T, k] times `second` [k, n], both 8 bits, with scales [T, 1] and [1, n], plus a bias [n].
-
-    The result is bfloat16 or float32. Products add up in float32 (fp8) or int32. Without a GPU fp8 is multiplied as
-    float32: the same numbers up to the order of the sum.
-    """
-    if x.dtype != torch.int8 and x.is_cuda:
-        return torch._scaled_mm(
-            x, second, scale_a=by_row, out_dtype=torch.bfloat16, use_fast_accum=True,
-            scale_b=_ones(second.shape[1], x.device) if by_column is None else by_column,
-            bias=None if bias is None else bias.to(torch.bfloat16),
-        )  # fmt: skip
-    if x.dtype == torch.int8:
-        rows = x.shape[0]
-        if x.is_cuda and rows < _INT_MM_ROWS:
-            x = F.pad(x, (0, 0, 0, _INT_MM_ROWS - rows))
-        out = torch._int_mm(x, second)[:rows] * by_row
-    else:
-        out = (x.float() @ second.float()) * by_row
-    if by_column is not None:
-        out = out * by_column
-    return out if bias is None else out + bias
-
-
-def _ones(columns: int, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.ones(1, columns, device=device)
-    return _kept_ones(columns, device)
-
-
-@cache
-def _kept_ones(columns: int, device: torch.device) -> Tensor:
-    return torch.ones(1, columns, device=device)
+def transposed_copy(weight: Tensor, *, more: int) -> Tensor:
+    """An fp8 weight [out, in] as [in, out + more], with zeros in the columns behind."""
+    # As integers, which every device can pad.
+    return F.pad(weight.view(torch.uint8).t(), (0, more)).contiguous().view(weight.dtype)
 
 
 def _joined(  # noqa: PLR0913 (what one operator takes)
@@ -263,7 +270,12 @@ def _operator(name: str) -> Any:
     return _PLAIN[name]
 
 
-_PLAIN = {"joined": _joined, "joined_backward": _joined_backward, "few_rows": few_rows.multiply}
+_PLAIN = {
+    "joined": _joined,
+    "joined_backward": _joined_backward,
+    "few_rows": few_rows.multiply,
+    **carried.PLAIN,
+}
 
 
 _joined_operator = operators.custom_op(

@@ -17,7 +17,7 @@ from torch import nn
 from library.config.train_config import TrainConfig
 from library.distributed.precision import DTYPES
 from library.errors import EnvironmentUnsupported
-from library.models import attention, compilation, frozen
+from library.models import attention, carrying, compilation, frozen
 from library.models.flux import Flux
 from library.models.precision import block_weights, is_modulation_weight
 
@@ -98,15 +98,29 @@ class Speed:
                 if not (frozen.is_scaled(linear) or frozen.is_grouped(linear)):
                     self.scale(name, linear)
             logger.info("base_compute: the blocks multiply %s", self.scaled)
-        # ZeRO-3 brings weights to the module that is called, and a joined adapter's factors are not.
-        brings = self.config.distributed.uses_deepspeed and self.config.distributed.zero_stage == 3
-        automatic = memory.join_adapter == "auto" and self.device.type == "cuda" and not brings
-        if memory.join_adapter == "on" or automatic:
+        if self._joins:
             for linear in weights.values():
                 frozen.install_joining(linear)
 
+    @property
+    def _joins(self) -> bool:
+        """Whether layers take the adapter's product along."""
+        wanted = self.config.memory.join_adapter
+        # ZeRO-3 brings weights to the module that is called, and a joined adapter's factors are not.
+        brings = self.config.distributed.uses_deepspeed and self.config.distributed.zero_stage == 3
+        return wanted == "on" or (wanted == "auto" and self.device.type == "cuda" and not brings)
+
     def after_network(self, transformer: Flux, *, steps: int, shapes: int) -> None:
-        """Compile, now that the model is final, if it is asked for or `steps` ahead make it pay."""
+        """Make room for the adapter in the layers' products, and compile if asked to or if `steps` ahead make it pay.
+
+        The model is final now.
+        """
+        # DeepSpeed sends every weight to every rank, which asks for memory without gaps.
+        if self._joins and transformer.swap is None and not self.config.distributed.uses_deepspeed:
+            weights = block_weights(transformer).items()
+            # One row a sample is not worth it.
+            linears = [linear for name, linear in weights if not is_modulation_weight(name)]
+            transformer.carrying = carrying.carry(linears, dtype=self._dtype)
         if self._compiles(steps):
             transformer.enable_compilation(backend=self.config.memory.dynamo_backend, shapes=shapes)
             logger.info("the blocks are compiled in the first steps, which takes up to a minute once")

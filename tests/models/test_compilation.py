@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library.config.sections.network import NetworkConfig
-from library.models import compilation, frozen
+from library.models import carrying, compilation, frozen
 from library.models.activation_checkpoint import recompute_cheap
 from library.models.compilation import STATIC_SHAPES
 from library.models.precision import block_weights, is_modulation_weight
@@ -66,14 +66,14 @@ def test_a_stop_signal_to_all_processes_leaves_those_that_compile():
     assert pool.process.poll() == 0
 
 
-def trained(config=LORA, *, joins=False, scaled=None):
+def trained(config=LORA, *, joins=False, carries=False, scaled=None):
     model = random_flux(PARAMS).requires_grad_(False).train()
     for name, linear in block_weights(model).items():
         if scaled and is_modulation_weight(name):
             frozen.store_grouped(linear)
         elif scaled:
             frozen.store_scaled(linear, scaled, keep_transposed=False)
-        if joins:
+        if joins or carries:
             frozen.install_joining(linear)
     torch.manual_seed(0)
     network = create(config, text_encoders=[], transformer=model)
@@ -82,6 +82,8 @@ def trained(config=LORA, *, joins=False, scaled=None):
     with torch.no_grad():
         for parameter in network.module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+    if carries:
+        model.carrying = carrying.carry(block_weights(model).values(), dtype=torch.float32)
     return model, network
 
 
@@ -104,6 +106,8 @@ def alike(one, other, tolerance=1e-5):
         ({}, "eager", False),
         ({"joins": True}, "aot_eager", True),
         ({"scaled": "fp8", "joins": True}, "aot_eager", False),
+        ({"carries": True}, "aot_eager", False),
+        ({"scaled": "fp8", "carries": True}, "aot_eager", True),
         ({"scaled": "int8"}, "eager", True),
         ({"config": LOKR}, "eager", False),
         ({"config": LOHA}, "eager", False),
@@ -111,7 +115,19 @@ def alike(one, other, tolerance=1e-5):
         ({"config": LOHA, "joins": True}, "aot_eager", False),
         ({"config": LOKR_FULL, "joins": True}, "aot_eager", True),
     ],
-    ids=["lora", "joined", "fp8", "int8", "lokr", "loha", "lokr joined", "loha joined", "lokr full"],
+    ids=[
+        "lora",
+        "joined",
+        "fp8",
+        "carried",
+        "carried fp8",
+        "int8",
+        "lokr",
+        "loha",
+        "lokr joined",
+        "loha joined",
+        "lokr full",
+    ],
 )
 def test_one_compilation_a_class_and_the_same_gradients(options, backend, checkpointing):
     expected = gradients(*trained(**options))
@@ -125,7 +141,9 @@ def test_one_compilation_a_class_and_the_same_gradients(options, backend, checkp
     assert counter.frame_count == 2, "no more than one graph for each class, no graph breaks"
 
 
-@pytest.mark.parametrize("options", [{"joins": True}, {"scaled": "fp8"}], ids=["joined", "fp8"])
+@pytest.mark.parametrize(
+    "options", [{"joins": True}, {"scaled": "fp8"}, {"carries": True}], ids=["joined", "fp8", "carried"]
+)
 def test_recomputing_what_is_cheap_repeats_no_attention_and_no_narrow_product(options):
     inputs = sized(10, 12)  # more tokens than what counts as few
     expected = gradients(*trained(**options), inputs)
@@ -150,9 +168,10 @@ def test_recomputing_what_is_cheap_repeats_no_attention_and_no_narrow_product(op
     assert sum("scaled_dot_product" in target for target in forward) == 2, "one for each class"
     assert sum("scaled_dot_product" in target and "backward" not in target for target in backward) == 0
     # Repeated are those that widen: qkv and MLP of the image (text is short here), and the single block's first.
-    if "joins" in options:
-        assert forward.count("polyrank.joined.default") == 10 + 3
-        assert backward.count("polyrank.joined.default") == 2 + 1
+    kind = "joined" if "joins" in options else "carried"
+    if "scaled" not in options:
+        assert forward.count(f"polyrank.{kind}.default") == 10 + 3
+        assert backward.count(f"polyrank.{kind}.default") == 2 + 1
     else:  # the products of few rows are kept
         assert forward.count("polyrank.few_rows.default") == 2 + 1
         assert backward.count("polyrank.few_rows.default") == 0
