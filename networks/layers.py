@@ -46,12 +46,13 @@ class Dropouts:
 
 
 class Factors(NamedTuple):
-    """The factors of one layer: `up` times alpha / rank, and a multiplier of 1, is what goes along."""
+    """The factors of one layer: `up` times multiplier * alpha / rank is what goes along."""
 
     down: Tensor  # [rank, in]
     ups: Sequence[Tensor]  # the blocks of `up` [out, rank]
     alpha: Tensor  # scalar float32
     rank: int
+    multiplier: float
 
 
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
@@ -152,7 +153,8 @@ class LoRALinear(nn.Module):
         """What the layer's own product takes along in training; None where it does not."""
         if not self._base_joins or self._between_factors():
             return None
-        return Factors(self.lora_down.weight, [up.weight for up in self.ups()], self.alpha, self.rank)
+        ups = [up.weight for up in self.ups()]
+        return Factors(self.lora_down.weight, ups, self.alpha, self.rank, self.multiplier)
 
     def _between_factors(self) -> bool:
         """Whether more than the two factors shapes the output now."""

@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_OUTPUTS = 128  # rows of the second factor that a program writes
-
 
 @triton.jit
 def _halves(numbers):
@@ -59,27 +57,42 @@ def _row(
         tl.store(behind + rest, nothing, mask=(rest >= rank) & (rest < more))
 
 
-@triton.jit(do_not_specialize_on_alignment=["balance"])
-def _second(
-    second, scale, balance, beside, outputs, rank, second_stride, second_rank_stride, beside_stride, beside_rank_stride,
-    SCALED: tl.constexpr, FP8: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
+@triton.jit
+def _factors(
+    programs, entries, balances, strengths, FP8: tl.constexpr, LOW: tl.constexpr, SOURCE: tl.constexpr,
+    BLOCK: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    """Some rows of one factor of one layer: as the products read it, and beside the layer's weight."""
+    program = tl.program_id(0)
+    entry = entries + tl.load(programs + 2 * program) * FIELDS
+    n = tl.load(programs + 2 * program + 1) * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, RANK)
-    inside = (n < outputs)[:, None] & (r < rank)[None]
-    place = n.to(tl.int64)[:, None]
-    numbers = tl.load(second + place * second_stride + r[None] * second_rank_stride, mask=inside, other=0.0)
-    beside += place * beside_stride + r[None] * beside_rank_stride
-    if FP8:
-        numbers = numbers.to(tl.float32) / tl.load(balance)
-        if SCALED:
-            numbers /= tl.load(scale + n, mask=n < outputs, other=1.0)[:, None]
-        high, low = _halves(numbers)
-        tl.store(beside, high, mask=inside)
-        tl.store(beside + rank * beside_rank_stride, low, mask=inside)
-        tl.store(beside + 2 * rank * beside_rank_stride, high, mask=inside)
-    else:
-        tl.store(beside, numbers, mask=inside)
+    source = tl.load(entry).to(tl.pointer_type(SOURCE))
+    low = tl.load(entry + 1).to(tl.pointer_type(LOW))
+    beside = tl.load(entry + 2)
+    scale = tl.load(entry + 3)
+    rank, total = tl.load(entry + 5), tl.load(entry + 6)
+    inside = (n < tl.load(entry + 4))[:, None] & (r < rank)[None]
+    place, column = n.to(tl.int64)[:, None], r.to(tl.int64)[None]
+    numbers = tl.load(
+        source + place * tl.load(entry + 7) + column * tl.load(entry + 8), mask=inside, other=0.0
+    )
+    numbers = numbers.to(tl.float32) * tl.load(strengths + tl.load(entry + 14))
+    tl.store(low + place * tl.load(entry + 9) + column * tl.load(entry + 10), numbers.to(LOW), mask=inside)
+    behind, by_rank = place * tl.load(entry + 11) + column * tl.load(entry + 12), tl.load(entry + 12)
+    if beside != 0:
+        if FP8:
+            numbers /= tl.load(balances + tl.load(entry + 13))
+            if scale != 0:
+                scales = scale.to(tl.pointer_type(tl.float32))
+                numbers /= tl.load(scales + n, mask=n < tl.load(entry + 4), other=1.0)[:, None]
+            high, low_digits = _halves(numbers)
+            eight = beside.to(tl.pointer_type(tl.float8e4nv))
+            tl.store(eight + behind, high, mask=inside)
+            tl.store(eight + behind + total * by_rank, low_digits, mask=inside)
+            tl.store(eight + behind + 2 * total * by_rank, high, mask=inside)
+        else:
+            tl.store(beside.to(tl.pointer_type(LOW)) + behind, numbers.to(LOW), mask=inside)
 
 
 def rows(
@@ -101,12 +114,16 @@ def rows(
     return made, scales
 
 
-def fill(beside: Tensor, second: Tensor, scale: Tensor | None, balance: Tensor | None) -> None:
-    """As `library.models.carried.fill`."""
-    outputs, rank = second.shape
-    _second[(triton.cdiv(outputs, _OUTPUTS),)](
-        second, beside if scale is None else scale, beside if balance is None else balance, beside, outputs, rank,
-        *second.stride(), *beside.stride(),
-        SCALED=scale is not None, FP8=balance is not None, OUTPUTS=_OUTPUTS, RANK=triton.next_power_of_2(rank),
-        num_warps=4,
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+BLOCK = 64  # rows of a factor that a program writes
+
+
+def write_factors(
+    programs: Tensor, entries: Tensor, balances: Tensor, strengths: Tensor, *, fp8: bool, rank: int,
+    source: torch.dtype, low: torch.dtype,
+) -> None:  # fmt: skip
+    """What `library.models.carrying` has listed; `rank` is the largest of an entry."""
+    _factors[(programs.shape[0],)](
+        programs, entries, balances, strengths, FP8=fp8, LOW=_TYPES[low], SOURCE=_TYPES[source], BLOCK=BLOCK,
+        RANK=triton.next_power_of_2(rank), FIELDS=entries.shape[1], num_warps=4,
     )  # fmt: skip

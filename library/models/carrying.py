@@ -1,12 +1,16 @@
-"""Which layers of a model carry their adapter's product within their own, and the balances of those that do in fp8.
+"""Which layers of a model carry their adapter's product within their own, and what keeps their room up to date.
 
 An adapter says what its factors are by a method `factors` of the object that has taken over the layer's `forward`
-(networks/layers.py); where there is none, the layer's product is joined as it is.
+(networks/layers.py); where there is none, or none for now, the layer's product is joined as it is.
+
+Before a forward pass all factors are written at once to where the products read them: rounded to the dtype that is
+computed in, and beside the weights. On a GPU that is one kernel, which finds them by a list of addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -17,7 +21,7 @@ from library.models import carried, frozen
 
 
 class Factors(Protocol):
-    """A low-rank product's, as the adapter keeps them: `up` times alpha / rank is what goes along."""
+    """A low-rank product's, as the adapter keeps them: `up` times multiplier * alpha / rank is what goes along."""
 
     @property
     def down(self) -> Tensor:
@@ -26,7 +30,7 @@ class Factors(Protocol):
 
     @property
     def ups(self) -> Sequence[Tensor]:
-        """The blocks of `up` [out, rank]."""
+        """The blocks of `up` [out, rank], on its diagonal."""
         ...
 
     @property
@@ -39,60 +43,195 @@ class Factors(Protocol):
         """Of the whole."""
         ...
 
+    @property
+    def multiplier(self) -> float:
+        """Of the strength."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A factor or a block of one, with as many rows as the weight has on that side."""
+
+    source: Tensor  # [n, r]
+    low: Tensor  # the same in the dtype of the products
+    beside: Tensor | None  # where it belongs beside the weight, from its first column on
+    total: int  # rank of the whole
+    scale: Tensor | None  # [n] of the weight's rows, which it is divided by
+    balance: int  # number of the balance that it is divided by
+    strength: int  # number of the strength that it is multiplied with, from the end
+
 
 class Carrying:
-    """The balances of a model's fp8 layers; they follow the adapter's numbers."""
+    """The factors of all layers that carry, where their products read them."""
 
-    def __init__(self, layers: Sequence[tuple[nn.Linear, Factors, Tensor]]) -> None:
-        """Layers that `frozen.make_room` has given a balance, the factors on each, and the smallest scale of each."""
-        linears, factors, scales = zip(*layers, strict=True)
-        self._scales = torch.stack(scales)
-        device = self._scales.device
-        self._downs = [found.down for found in factors]
-        self._ups = [up for found in factors for up in found.ups]
-        self._alphas = [found.alpha for found in factors]
-        self._ranks = torch.tensor([float(found.rank) for found in factors], device=device)
-        # Which of the `ups` are whose: as many columns as the most parts, of which some stand twice.
-        counts = [len(found.ups) for found in factors]
+    def __init__(self, layers: Sequence[tuple[nn.Linear, Callable[[], Factors | None]]]) -> None:
+        """Layers that `frozen.make_room` has given room of one kind, and what says the factors on each."""
+        self._linears = [linear for linear, _ in layers]
+        self._asked = [asked for _, asked in layers]
+        device = self._linears[0].weight.device
+        self._fp8 = frozen.is_scaled(self._linears[0])
+        self._balances = torch.ones(len(layers), 2, device=device)
+        self._smallest_scales = torch.ones(len(layers), device=device)
+        if self._fp8:
+            scales = [frozen.scale_of(linear).min() for linear in self._linears]
+            self._smallest_scales = torch.stack(scales).to(device)
+        sides = [(linear.in_features, linear.out_features) for linear in self._linears]
+        self._inner = torch.tensor(sides, device=device)
+        # Not as what autograd keeps for the backward pass: it may be written again, the same, before that.
+        for linear, balance in zip(self._linears, self._balances, strict=True):
+            if self._fp8:
+                linear.register_buffer("balance", balance.data, persistent=False)
+        self._known: tuple[object, ...] = ()
+        self._list: _List | None = None
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write all factors as they are now; before a forward pass.
+
+        Where no adapter has a strength now, nothing is touched: a backward pass of one that had may be ahead.
+        """
+        found = [asked() for asked in self._asked]
+        if not any(one is not None and one.multiplier for one in found):
+            return
+        known = tuple(_identity(linear, one) for linear, one in zip(self._linears, found, strict=True))
+        if self._list is None or known != self._known:
+            self._known, self._list = known, _List(self._linears, found)
+        if self._fp8:
+            self._list.set_balances(self._balances, self._smallest_scales, self._inner)
+        self._list.write(self._balances, fp8=self._fp8)
+
+
+def _identity(linear: nn.Linear, factors: Factors | None) -> object:
+    """What a list depends on: where everything is, and how strong."""
+    if factors is None:
+        return None
+    behind = getattr(linear, "behind", None)
+    return (
+        factors.down.data_ptr(), *(up.data_ptr() for up in factors.ups), factors.alpha.data_ptr(), factors.multiplier,
+        None if behind is None else behind.data_ptr(),
+    )  # fmt: skip
+
+
+class _List:
+    """Where factors come from and go to, for as long as nothing moves."""
+
+    def __init__(self, linears: Sequence[nn.Linear], found: Sequence[Factors | None]) -> None:
+        device = linears[0].weight.device
+        numbers = [number for number, one in enumerate(found) if one is not None]
+        self._factors = [one for one in found if one is not None]
+        self._numbers = torch.tensor(numbers, device=device)
+        self._ratios = torch.tensor([one.multiplier / one.rank for one in self._factors], device=device)
+        self._strengths = torch.ones(len(numbers) + 1, device=device)  # and one for what has none
+        counts = [len(one.ups) for one in self._factors]
+        # Which of the `ups` are whose: as many columns as the most blocks, of which some stand twice.
         owned = [
             [end - count + i % count for i in range(max(counts))]
             for end, count in zip(accumulate(counts), counts, strict=True)
         ]
         self._owned = torch.tensor(owned, device=device)
-        sides = [(linear.in_features, linear.out_features) for linear in linears]
-        self._inner = torch.tensor(sides, device=device)
-        self._balances = torch.ones(len(linears), 2, device=device)
-        for linear, balance in zip(linears, self._balances, strict=True):
-            linear.balance = balance
+        self._entries = [
+            entry
+            for place, (number, one) in enumerate(zip(numbers, self._factors, strict=True))
+            for entry in _entries(linears[number], one, balance=2 * number, strength=place - len(numbers) - 1)
+        ]
+        self._kernel = carried.kernel(device) if device.type == "cuda" else None
+        if self._kernel is not None:
+            addresses = [_addresses(entry, strengths=len(numbers) + 1) for entry in self._entries]
+            self._addresses = torch.tensor(addresses, device=device)
+            programs = [
+                (number, block)
+                for number, entry in enumerate(self._entries)
+                for block in range(-(-entry.source.shape[0] // self._kernel.BLOCK))
+            ]
+            self._programs = torch.tensor(programs, device=device)
 
-    @torch.no_grad()
-    def balance(self) -> None:
-        """Set all balances by the factors as they are now; before a forward pass."""
-        down = torch.stack(torch._foreach_norm(self._downs, torch.inf)).float()
-        up = torch.stack(torch._foreach_norm(self._ups, torch.inf)).float()[self._owned].amax(dim=1)
-        up = up * (torch.stack(self._alphas) / self._ranks).abs() / self._scales
+    def set_balances(self, balances: Tensor, smallest_scales: Tensor, inner: Tensor) -> None:
+        """Set those of layers in the list by the largest numbers of their factors."""
+        down = torch.stack(torch._foreach_norm([one.down for one in self._factors], torch.inf)).float()
+        ups = torch._foreach_norm([up for one in self._factors for up in one.ups], torch.inf)
+        up = torch.stack(ups).float()[self._owned].amax(dim=1)
+        up = up * self._set_strengths().abs() / smallest_scales[self._numbers]
         first, second = torch.stack((down, up), dim=1), torch.stack((up, down), dim=1)
-        self._balances.copy_(carried.balanced(first, second, self._inner))
+        balances.index_copy_(0, self._numbers, carried.balanced(first, second, inner[self._numbers]))
+
+    def write(self, balances: Tensor, *, fp8: bool) -> None:
+        """Write all of the list."""
+        self._set_strengths()
+        if self._kernel is None:
+            for entry in self._entries:
+                _write_by_formula(entry, balances.flatten(), self._strengths)
+            return
+        first = self._entries[0]
+        self._kernel.write_factors(
+            self._programs, self._addresses, balances, self._strengths, fp8=fp8,
+            rank=max(entry.source.shape[1] for entry in self._entries), source=first.source.dtype, low=first.low.dtype,
+        )  # fmt: skip
+
+    def _set_strengths(self) -> Tensor:
+        strengths = self._strengths[:-1]
+        torch.mul(torch.stack([one.alpha for one in self._factors]), self._ratios, out=strengths)
+        return strengths
 
 
-def carry(linears: Iterable[nn.Linear], *, dtype: torch.dtype) -> Carrying | None:
-    """Make room in all layers whose adapter says its factors; what keeps the balance of those in fp8, if there are any.
+def _entries(linear: nn.Linear, factors: Factors, *, balance: int, strength: int) -> Iterable[_Entry]:
+    """`down` and the blocks of `up` of a layer; `balance` is the number of its first one."""
+    out, inner = linear.out_features, linear.in_features
+    room, fp8 = frozen.room_of(linear), frozen.is_scaled(linear)
+    behind: Tensor | None = getattr(linear, "behind", None)
+    if not fp8 and room.shape[0] > out:
+        behind = room[out:, :inner].t()
+    down, up = (factor.data for factor in frozen.carried_factors(linear))
+    yield _Entry(factors.down.detach().t(), down.t(), behind, factors.rank, None, balance + 1, strength=-1)
+    row = column = 0
+    for block in factors.ups:
+        rows, columns = slice(row, row + block.shape[0]), slice(column, column + block.shape[1])
+        beside = room[rows, inner + column :] if room.shape[1] > inner else None
+        scale = frozen.scale_of(linear).flatten()[rows] if fp8 else None
+        yield _Entry(block.detach(), up[rows, columns], beside, factors.rank, scale, balance, strength)
+        row, column = rows.stop, columns.stop
 
-    `dtype` is what the layers compute in. After the network is applied, before anything is compiled.
+
+def _addresses(entry: _Entry, *, strengths: int) -> list[int]:
+    """An entry as the kernel reads it."""
+    beside, scale = entry.beside, entry.scale
+    return [
+        entry.source.data_ptr(), entry.low.data_ptr(), 0 if beside is None else beside.data_ptr(),
+        0 if scale is None else scale.data_ptr(), *entry.source.shape, entry.total, *entry.source.stride(),
+        *entry.low.stride(), *((0, 0) if beside is None else beside.stride()), entry.balance,
+        entry.strength % strengths,
+    ]  # fmt: skip
+
+
+def _write_by_formula(entry: _Entry, balances: Tensor, strengths: Tensor) -> None:
+    numbers = entry.source.float() * strengths[entry.strength]
+    entry.low.copy_(numbers)
+    if entry.beside is None:
+        return
+    rank = numbers.shape[1]
+    # Not as a change of the weight, which autograd keeps for the backward pass.
+    beside = entry.beside.data
+    if beside.dtype != frozen.NARROW:
+        beside[:, :rank] = numbers
+        return
+    numbers = numbers / balances[entry.balance]
+    high, low = carried.halves(numbers if entry.scale is None else numbers / entry.scale[:, None])
+    for start, part in ((0, high), (entry.total, low), (2 * entry.total, high)):
+        beside[:, start : start + rank] = part
+
+
+def carry(linears: Iterable[nn.Linear], *, dtype: torch.dtype) -> Callable[[], None] | None:
+    """Make room in all layers whose adapter says its factors; None where there is none.
+
+    Else what is to be called before each forward pass, `Carrying.write`. `dtype` is what the layers compute in. After
+    the network is applied, before anything is compiled.
     """
-    balanced = []
+    layers: list[tuple[nn.Linear, Callable[[], Factors | None]]] = []
     for linear in linears:
-        factors = _factors(linear)
-        if factors is None or not carried.works(linear.weight.device):
+        asked = getattr(getattr(linear.forward, "__self__", None), "factors", None)
+        if not callable(asked) or not carried.works(linear.weight.device):
             continue
-        smallest_scale = frozen.make_room(linear, factors.rank, dtype)
-        if smallest_scale is not None:
-            balanced.append((linear, factors, smallest_scale))
-    return Carrying(balanced) if balanced else None
-
-
-def _factors(linear: nn.Linear) -> Factors | None:
-    """What the adapter on a layer says, if there is one that says it."""
-    asked = getattr(getattr(linear.forward, "__self__", None), "factors", None)
-    found: Factors | None = asked() if callable(asked) else None
-    return found
+        factors: Factors | None = asked()
+        if factors is not None and frozen.make_room(linear, factors.rank, dtype):
+            layers.append((linear, asked))
+    return Carrying(layers).write if layers else None

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from library.models import heads, norms
 from library.models.activation_checkpoint import Recomputation, SavedOnHost
 from library.models.block_swap import BlockSwap, SwapPlan
-from library.models.carrying import Carrying
 from library.models.compilation import CompiledBlocks
 from library.models.layers import (
     EMBEDDING_WIDTH,
@@ -42,7 +41,7 @@ class Flux(nn.Module):
         self.params = params
         self.recomputation: Recomputation | None = None
         self.swap: BlockSwap | None = None
-        self.carrying: Carrying | None = None  # kept by whoever puts an adapter on
+        self.before_forward: Callable[[], None] | None = None  # what an adapter's products need done first
         self.compiled: CompiledBlocks | None = None
         hidden, num_heads, mlp = params.hidden_size, params.num_heads, params.mlp_hidden
         self.img_in = nn.Linear(params.in_channels, hidden)
@@ -155,8 +154,8 @@ class Flux(nn.Module):
         Raises:
             ValueError: `guidance` is missing on a model that embeds it.
         """
-        if self.carrying is not None:
-            self.carrying.balance()
+        if self.before_forward is not None:
+            self.before_forward()
         dtype = self.compute_dtype()
         vec = self._condition(timesteps, y.to(dtype), guidance)
         image, text = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from library.models import carried, few_rows
 from library.models.products import (
+    CarriedProduct,
     GroupedProduct,
     JoinedProduct,
     NarrowProduct,
@@ -96,40 +97,47 @@ def store_grouped(linear: nn.Linear, *, device: torch.device | None = None) -> N
 def keep_transposed_copy(linear: nn.Linear) -> None:
     """Hold the weight transposed as well, which the backward pass of scaled fp8 multiplies with."""
     if is_scaled(linear) and linear.weight.dtype == FP8:
-        copy = transposed_copy(linear.weight.detach(), more=getattr(linear, "more_columns", 0))
+        behind = getattr(linear, "behind", None)
+        copy = transposed_copy(linear.weight.detach(), behind)
         linear.register_buffer("weight_transposed", copy, persistent=False)
+        if behind is not None:
+            linear.register_buffer("behind", copy[:, linear.out_features :], persistent=False)
 
 
 @torch.no_grad()
-def make_room(linear: nn.Linear, rank: int, dtype: torch.dtype) -> Tensor | None:
+def make_room(linear: nn.Linear, rank: int, dtype: torch.dtype) -> bool:
     """Give a prepared layer's weight room for factors of a low rank, where `library.models.carried` takes them along.
 
-    `dtype` is what the layer computes in. Returns the smallest scale of a row, scalar float32, where there is a balance
-    to be kept in `linear.balance` [2]. The storage is laid out anew, so this comes before anything refers to it.
+    `dtype` is what the layer computes in. The storage is laid out anew, so this comes before anything refers to it.
+    What is in the room, and in the buffers `carried_down` [rank, in] and `carried_up` [out, rank] of that dtype, is the
+    business of `library.models.carrying`. Returns whether there is any.
     """
     weight = linear.weight.detach()
     short = tuple(side <= carried.LONGEST for side in (linear.in_features, linear.out_features))
     fp8 = is_scaled(linear) and weight.dtype == FP8
     if not any(short) or is_grouped(linear) or not (fp8 or weight.dtype == dtype):
-        return None
+        return False
     if fp8:
         weight = _with_like_scales(linear)
     more = carried.columns(rank, weight.dtype)
-    beside, below = (more * side for side in short)
-    if fp8:  # the transposed copy has room of its own
-        below, linear.__dict__["more_columns"] = 0, below
     out, inner = weight.shape
-    room = weight.new_zeros(out + below, inner + beside)
+    room = weight.new_zeros(out + more * (short[1] and not fp8), inner + more * short[0])
     room[:out, :inner] = weight
     linear.weight = nn.Parameter(room[:out, :inner], requires_grad=False)
-    linear.register_buffer("room", room if beside or below else None, persistent=False)
-    if not fp8:
-        return None
+    buffers = {
+        "room": room,
+        "carried_down": room.new_zeros(rank, inner, dtype=dtype),
+        "carried_up": room.new_zeros(out, rank, dtype=dtype),
+    }
+    if fp8:
+        buffers["balance"] = torch.ones(2, device=room.device)
+        if short[1]:
+            buffers["behind"] = room.new_zeros(inner, more)
+    for name, buffer in buffers.items():
+        linear.register_buffer(name, buffer, persistent=False)
     if isinstance(getattr(linear, "weight_transposed", None), Tensor):
         keep_transposed_copy(linear)
-    scale = cast(Tensor, linear.weight_scale)
-    linear.register_buffer("balance", scale.new_ones(2), persistent=False)
-    return scale.min()
+    return True
 
 
 def _with_like_scales(linear: nn.Linear) -> Tensor:
@@ -137,7 +145,7 @@ def _with_like_scales(linear: nn.Linear) -> Tensor:
 
     What is carried along with a row is of a size of its own, and not to leave the range of the row's scale.
     """
-    weight, scale = linear.weight.detach(), cast(Tensor, linear.weight_scale)
+    weight, scale = linear.weight.detach(), scale_of(linear)
     limited = scale.clamp(min=scale.max() / _UNLIKE)
     if bool((limited != scale).any()):
         weight = to_8_bits(weight.float() * (scale / limited).to(weight.device).T, FP8)
@@ -148,6 +156,26 @@ def _with_like_scales(linear: nn.Linear) -> Tensor:
 def is_scaled(linear: nn.Linear) -> bool:
     """Whether the weight has a scale for each row."""
     return isinstance(getattr(linear, "weight_scale", None), Tensor)
+
+
+def carries(linear: nn.Linear) -> bool:
+    """Whether there is room for the factors of a low rank."""
+    return isinstance(getattr(linear, "carried_up", None), Tensor)
+
+
+def scale_of(linear: nn.Linear) -> Tensor:
+    """The scales [1, out] of a scaled weight."""
+    return cast(Tensor, linear.weight_scale)
+
+
+def room_of(linear: nn.Linear) -> Tensor:
+    """The storage of the weight of a layer that carries."""
+    return cast(Tensor, linear.room)
+
+
+def carried_factors(linear: nn.Linear) -> LowRank:
+    """Both factors that a layer carries, as its product reads them."""
+    return cast(Tensor, linear.carried_down), cast(Tensor, linear.carried_up)
 
 
 def is_grouped(linear: nn.Linear) -> bool:
@@ -166,12 +194,14 @@ def _joining_forward(self: nn.Linear, x: Tensor, low_rank: LowRank | None = None
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x = x.to(dtype)
     bias = None if self.bias is None else self.bias.to(dtype)
+    if low_rank is not None and carries(self) and self.carried_up.dtype == dtype:
+        return _carrying_linear(self, x, bias, low_rank)
     if is_scaled(self) or is_grouped(self):
         return _scaled_linear(self, x, bias, low_rank)
     if low_rank is not None:
         down, up = (factor.to(dtype) for factor in low_rank)
         out = JoinedProduct.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, x.shape[-1]), self.weight, bias, down, up, getattr(self, "room", None)
+            x.reshape(-1, x.shape[-1]), self.weight, bias, down, up
         )
         return cast(Tensor, out.view(*x.shape[:-1], -1))
     if self.weight.dtype == NARROW:
@@ -189,11 +219,21 @@ def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: 
         )
     else:
         transposed = getattr(linear, "weight_transposed", None)
+        if transposed is not None:
+            transposed = transposed[:, : linear.out_features]
         out = ScaledProduct.apply(  # type: ignore[no-untyped-call]
-            flat, linear.weight, linear.weight_scale.float(), transposed, bias, down, up,
-            getattr(linear, "room", None), getattr(linear, "balance", None), getattr(linear, "more_columns", 0),
-        )  # fmt: skip
+            flat, linear.weight, linear.weight_scale.float(), transposed, bias, down, up
+        )
     return out.view(*x.shape[:-1], -1)
+
+
+def _carrying_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: LowRank) -> Tensor:
+    out = CarriedProduct.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]), linear.weight, bias, *low_rank, linear.carried_down, linear.carried_up, linear.room,
+        getattr(linear, "weight_scale", None), getattr(linear, "balance", None),
+        getattr(linear, "weight_transposed", None), getattr(linear, "behind", None),
+    )  # fmt: skip
+    return cast(Tensor, out.view(*x.shape[:-1], -1))
 
 
 def refusal(kind: Scaled, device: torch.device) -> str | None:

@@ -48,54 +48,31 @@ class NarrowProduct(torch.autograd.Function):
 
 
 class JoinedProduct(torch.autograd.Function):
-    """The sum of both for x [T, in] and a wide or narrow W; keeps x and x down^T [T, r] and nothing of [T, out].
-
-    `room` is the storage of a wide W that has room for the factors, as in `library.models.carried`, or None.
-    """
+    """The sum of both for x [T, in] and a wide or narrow W; keeps x and x down^T [T, r] and nothing of [T, out]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        room: Tensor | None,
-    ) -> Tensor:
-        if room is not None and room.dtype != x.dtype:
-            room = None
-        if room is not None and room.shape[1] > x.shape[1]:
-            out, hidden = _operator("carried")(x, room, None, bias, down, up, None)
-        else:
-            out, hidden = _operator("joined")(x, None, None, weight, None, bias, down, up)
-        ctx.save_for_backward(x, weight, hidden, down, up, room)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+        out, hidden = _operator("joined")(x, None, None, weight, None, bias, down, up)
+        ctx.save_for_backward(x, weight, hidden, down, up)
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight, hidden, down, up, room = ctx.saved_tensors
-        needs_input, _, needs_bias, *_ = ctx.needs_input_grad
-        if room is not None and needs_input and room.shape[0] > grad.shape[1]:
-            grad_x, grad_down, grad_up = _operator("carried_backward")(
-                grad, room, None, x, hidden, down, up, None
-            )
-        else:
-            grad_x, grad_down, grad_up = _operator("joined_backward")(
-                grad, None, None, weight, x, hidden, down, up, needs_input
-            )
+        x, weight, hidden, down, up = ctx.saved_tensors
+        needs_input, _, needs_bias, _, _ = ctx.needs_input_grad
+        grad_x, grad_down, grad_up = _operator("joined_backward")(
+            grad, None, None, weight, x, hidden, down, up, needs_input
+        )
         grad_bias = grad.sum(0) if needs_bias else None
-        return grad_x if needs_input else None, None, grad_bias, grad_down, grad_up, None
+        return grad_x if needs_input else None, None, grad_bias, grad_down, grad_up
 
 
 class ScaledProduct(torch.autograd.Function):
     """The product of x [T, in] with a scaled W, which is multiplied in 8 bits both ways, and the sum with factors.
 
     Without factors it keeps nothing of x, with them x and x down^T [T, r]. `scale` is [1, out]; `transposed`
-    [in, out] is the weight's second copy, or None. Where fp8 has room for the factors, as in `library.models.carried`,
-    there is a `balance`; then `room` [out, in + more] is the storage of the weight or None, and `more` how many columns
-    more the second copy has or is to have, 0 if none.
+    [in, out] is the weight's second copy, or None.
     """
 
     @staticmethod
@@ -108,41 +85,25 @@ class ScaledProduct(torch.autograd.Function):
         bias: Tensor | None,
         down: Tensor | None,
         up: Tensor | None,
-        room: Tensor | None,
-        balance: Tensor | None,
-        more: int,
     ) -> Tensor:
-        ctx.more = more
+        rounded, by_token = round_rows(x, weight.dtype)
         if down is None or up is None:
-            rounded, by_token = round_rows(x, weight.dtype)
-            ctx.save_for_backward(weight, scale, transposed, None, None, None, None, None)
+            ctx.save_for_backward(weight, scale, transposed, None, None, None, None)
             return multiply(rounded, by_token, weight.t(), scale, bias).to(x.dtype)
-        if room is not None:
-            out, hidden = _operator("carried")(x, room, scale, bias, down, up, balance)
-        else:
-            rounded, by_token = round_rows(x, weight.dtype)
-            out, hidden = _operator("joined")(x, rounded, by_token, weight, scale, bias, down, up)
-        ctx.save_for_backward(weight, scale, transposed, x, hidden, down, up, balance)
+        out, hidden = _operator("joined")(x, rounded, by_token, weight, scale, bias, down, up)
+        ctx.save_for_backward(weight, scale, transposed, x, hidden, down, up)
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, scale, transposed, x, hidden, down, up, balance = ctx.saved_tensors
+        weight, scale, transposed, x, hidden, down, up = ctx.saved_tensors
         needs_input = ctx.needs_input_grad[0]
         grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
         rounded = by_token = grad_x = grad_down = grad_up = None
-        if needs_input and weight.dtype == FP8:
-            # cuBLAS multiplies fp8 with a second factor that lies column by column.
-            transposed = transposed_copy(weight, more=ctx.more) if transposed is None else transposed
-        if needs_input and ctx.more and up is not None:
-            grad_x, grad_down, grad_up = _operator("carried_backward")(
-                grad, transposed, scale, x, hidden, down, up, balance
-            )
-            return grad_x, None, None, None, grad_bias, grad_down, grad_up, None, None, None
         if needs_input:
-            if weight.dtype == FP8:
-                weight = transposed[:, : grad.shape[1]].t()
+            if weight.dtype == FP8:  # cuBLAS multiplies fp8 with a second factor that lies column by column
+                weight = (weight.t().contiguous() if transposed is None else transposed).t()
             # The rows' scales belong to the inner dimension here, so they join the gradient before it is rounded.
             rounded, by_token = round_rows(grad, weight.dtype, scale)
         if up is not None:
@@ -151,8 +112,74 @@ class ScaledProduct(torch.autograd.Function):
             )
         elif rounded is not None and by_token is not None:
             grad_x = multiply(rounded, by_token, weight, None, None).to(grad.dtype)
-        grad_x = grad_x if needs_input else None
-        return grad_x, None, None, None, grad_bias, grad_down, grad_up, None, None, None
+        return grad_x if needs_input else None, None, None, None, grad_bias, grad_down, grad_up
+
+
+class CarriedProduct(torch.autograd.Function):
+    """The sum of both for a wide or an fp8 W with room for the factors, as in `library.models.carried`.
+
+    `low_down` and `low_up` are the factors as they are multiplied, which are in the room as well; of `down` and `up`
+    themselves only the gradients are made. `room` is W's storage; an fp8 W has `scale`, `balance`, maybe its second
+    copy `transposed` with room of its own, and `behind` [in, P], what is or is to be in that room. Where a side is too
+    long there is no room, and the product is joined.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 (what one operator takes)
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        low_down: Tensor,
+        low_up: Tensor,
+        room: Tensor | None,
+        scale: Tensor | None,
+        balance: Tensor | None,
+        transposed: Tensor | None,
+        behind: Tensor | None,
+    ) -> Tensor:
+        if room is not None and room.shape[1] > x.shape[1]:
+            out, hidden = _operator("carried")(x, room, scale, bias, low_down, low_up, balance)
+        else:
+            rounded, by_token = (None, None) if scale is None else round_rows(x, weight.dtype)
+            out, hidden = _operator("joined")(x, rounded, by_token, weight, scale, bias, low_down, low_up)
+        ctx.save_for_backward(x, weight, hidden, low_down, low_up, room, scale, balance, transposed, behind)
+        ctx.dtypes = down.dtype, up.dtype
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, hidden, down, up, room, scale, balance, transposed, behind = ctx.saved_tensors
+        needs_input = ctx.needs_input_grad[0]
+        rounded = by_token = None
+        if scale is not None:
+            if needs_input and transposed is None:
+                transposed = transposed_copy(weight, behind)
+            room = None if behind is None else transposed
+        elif room is not None and room.shape[0] == grad.shape[1]:
+            room = None
+        if room is not None and needs_input:
+            grad_x, grad_down, grad_up = _operator("carried_backward")(
+                grad, room, scale, x, hidden, up, balance
+            )
+        else:
+            if scale is not None and needs_input:
+                weight = transposed.t()
+                rounded, by_token = round_rows(grad, weight.dtype, scale)
+            grad_x, grad_down, grad_up = _operator("joined_backward")(
+                grad, rounded, by_token, weight, x, hidden, down, up, needs_input
+            )
+        return (
+            grad_x if needs_input else None,
+            None,
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
+            grad_down.to(ctx.dtypes[0]),
+            grad_up.to(ctx.dtypes[1]),
+            *[None] * 7,
+        )
 
 
 class GroupedProduct(torch.autograd.Function):
@@ -196,10 +223,13 @@ class GroupedProduct(torch.autograd.Function):
         return grad_x if needs_input else None, None, None, grad_bias, grad_down, grad_up
 
 
-def transposed_copy(weight: Tensor, *, more: int) -> Tensor:
-    """An fp8 weight [out, in] as [in, out + more], with zeros in the columns behind."""
-    # As integers, which every device can pad.
-    return F.pad(weight.view(torch.uint8).t(), (0, more)).contiguous().view(weight.dtype)
+def transposed_copy(weight: Tensor, behind: Tensor | None = None) -> Tensor:
+    """An fp8 weight [out, in] as [in, out], with `behind` [in, P] in columns behind."""
+    if behind is None:
+        return weight.t().contiguous()
+    # As integers, which every device can join.
+    integers = (weight.view(torch.uint8).t(), behind.view(torch.uint8))
+    return torch.cat(integers, dim=1).view(weight.dtype)
 
 
 def _joined(  # noqa: PLR0913 (what one operator takes)

@@ -120,7 +120,7 @@ class Speed:
             weights = block_weights(transformer).items()
             # One row a sample is not worth it.
             linears = [linear for name, linear in weights if not is_modulation_weight(name)]
-            transformer.carrying = carrying.carry(linears, dtype=self._dtype)
+            transformer.before_forward = carrying.carry(linears, dtype=self._dtype)
         if self._compiles(steps):
             transformer.enable_compilation(backend=self.config.memory.dynamo_backend, shapes=shapes)
             logger.info("the blocks are compiled in the first steps, which takes up to a minute once")

@@ -83,7 +83,7 @@ def trained(config=LORA, *, joins=False, carries=False, scaled=None):
         for parameter in network.module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     if carries:
-        model.carrying = carrying.carry(block_weights(model).values(), dtype=torch.float32)
+        model.before_forward = carrying.carry(block_weights(model).values(), dtype=torch.float32)
     return model, network
 
 
