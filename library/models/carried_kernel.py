@@ -37,7 +37,7 @@ def _row(
     if FP8:
         numbers = numbers.to(tl.float32)
         if WEIGHTED:
-            numbers *= tl.load(by_column + place, mask=inside, other=0.0)
+            numbers *= tl.load(by_column + place, mask=inside, other=0.0).to(tl.float32)
         product = product.to(tl.float32) * tl.load(balance)
         largest = tl.maximum(tl.max(tl.abs(numbers), axis=0), tl.max(tl.abs(product), axis=0))
         scale = tl.maximum(largest / 448.0, smallest)
@@ -59,10 +59,14 @@ def _row(
 
 @triton.jit
 def _factors(
-    programs, entries, balances, strengths, FP8: tl.constexpr, LOW: tl.constexpr, SOURCE: tl.constexpr,
-    BLOCK: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
+    programs, entries, balances, strengths,
+    UP: tl.constexpr, FP8: tl.constexpr, LOW: tl.constexpr, SOURCE: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one factor of one layer: as the products read it, and beside the layer's weight."""
+    """Some rows of one factor of one layer: as the products read it, and beside the layer's weight.
+
+    `up` lies row by row and `down` column by column, and so does what is made of them, but for `down` in fp8.
+    """
     program = tl.program_id(0)
     entry = entries + tl.load(programs + 2 * program) * FIELDS
     n = tl.load(programs + 2 * program + 1) * BLOCK + tl.arange(0, BLOCK)
@@ -71,28 +75,29 @@ def _factors(
     low = tl.load(entry + 1).to(tl.pointer_type(LOW))
     beside = tl.load(entry + 2)
     scale = tl.load(entry + 3)
-    rank, total = tl.load(entry + 5), tl.load(entry + 6)
-    inside = (n < tl.load(entry + 4))[:, None] & (r < rank)[None]
-    place, column = n.to(tl.int64)[:, None], r.to(tl.int64)[None]
+    rows, rank, total = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
+    source_stride, low_stride, stride = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9)
+    inside = (n < rows)[:, None] & (r < rank)[None]
+    n, r = n[:, None], r[None]
     numbers = tl.load(
-        source + place * tl.load(entry + 7) + column * tl.load(entry + 8), mask=inside, other=0.0
+        source + (n * source_stride + r if UP else n + r * source_stride), mask=inside, other=0.0
     )
-    numbers = numbers.to(tl.float32) * tl.load(strengths + tl.load(entry + 14))
-    tl.store(low + place * tl.load(entry + 9) + column * tl.load(entry + 10), numbers.to(LOW), mask=inside)
-    behind, by_rank = place * tl.load(entry + 11) + column * tl.load(entry + 12), tl.load(entry + 12)
+    numbers = numbers.to(tl.float32) * tl.load(strengths + tl.load(entry + 11))
+    tl.store(low + (n * low_stride + r if UP else n + r * low_stride), numbers.to(LOW), mask=inside)
     if beside != 0:
         if FP8:
-            numbers /= tl.load(balances + tl.load(entry + 13))
-            if scale != 0:
+            numbers /= tl.load(balances + tl.load(entry + 10))
+            if UP:
                 scales = scale.to(tl.pointer_type(tl.float32))
-                numbers /= tl.load(scales + n, mask=n < tl.load(entry + 4), other=1.0)[:, None]
-            high, low_digits = _halves(numbers)
-            eight = beside.to(tl.pointer_type(tl.float8e4nv))
-            tl.store(eight + behind, high, mask=inside)
-            tl.store(eight + behind + total * by_rank, low_digits, mask=inside)
-            tl.store(eight + behind + 2 * total * by_rank, high, mask=inside)
+                numbers /= tl.load(scales + n, mask=n < rows, other=1.0)
+            high, digits = _halves(numbers)
+            eight = beside.to(tl.pointer_type(tl.float8e4nv)) + n * stride + r
+            tl.store(eight, high, mask=inside)
+            tl.store(eight + total, digits, mask=inside)
+            tl.store(eight + 2 * total, high, mask=inside)
         else:
-            tl.store(beside.to(tl.pointer_type(LOW)) + behind, numbers.to(LOW), mask=inside)
+            wide = beside.to(tl.pointer_type(LOW))
+            tl.store(wide + (n * stride + r if UP else n + r * stride), numbers.to(LOW), mask=inside)
 
 
 def rows(
@@ -115,15 +120,15 @@ def rows(
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-BLOCK = 64  # rows of a factor that a program writes
+BLOCK = 128  # rows of a factor that a program writes
 
 
 def write_factors(
-    programs: Tensor, entries: Tensor, balances: Tensor, strengths: Tensor, *, fp8: bool, rank: int,
+    programs: Tensor, entries: Tensor, balances: Tensor, strengths: Tensor, *, up: bool, fp8: bool, rank: int,
     source: torch.dtype, low: torch.dtype,
 ) -> None:  # fmt: skip
-    """What `library.models.carrying` has listed; `rank` is the largest of an entry."""
+    """What `library.models.carrying` has listed, of one kind of factor; `rank` is the largest of an entry."""
     _factors[(programs.shape[0],)](
-        programs, entries, balances, strengths, FP8=fp8, LOW=_TYPES[low], SOURCE=_TYPES[source], BLOCK=BLOCK,
+        programs, entries, balances, strengths, UP=up, FP8=fp8, LOW=_TYPES[low], SOURCE=_TYPES[source], BLOCK=BLOCK,
         RANK=triton.next_power_of_2(rank), FIELDS=entries.shape[1], num_warps=4,
     )  # fmt: skip

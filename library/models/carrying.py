@@ -60,6 +60,7 @@ class _Entry:
     scale: Tensor | None  # [n] of the weight's rows, which it is divided by
     balance: int  # number of the balance that it is divided by
     strength: int  # number of the strength that it is multiplied with, from the end
+    is_up: bool
 
 
 class Carrying:
@@ -136,15 +137,12 @@ class _List:
             for entry in _entries(linears[number], one, balance=2 * number, strength=place - len(numbers) - 1)
         ]
         self._kernel = carried.kernel(device) if device.type == "cuda" else None
-        if self._kernel is not None:
-            addresses = [_addresses(entry, strengths=len(numbers) + 1) for entry in self._entries]
-            self._addresses = torch.tensor(addresses, device=device)
-            programs = [
-                (number, block)
-                for number, entry in enumerate(self._entries)
-                for block in range(-(-entry.source.shape[0] // self._kernel.BLOCK))
-            ]
-            self._programs = torch.tensor(programs, device=device)
+        kinds = [[entry for entry in self._entries if entry.is_up == up] for up in (False, True)]
+        self._kinds = [
+            (kind, *_addresses(kind, strengths=len(numbers) + 1, block=self._kernel.BLOCK, device=device))
+            for kind in kinds
+            if self._kernel is not None
+        ]
 
     def set_balances(self, balances: Tensor, smallest_scales: Tensor, inner: Tensor) -> None:
         """Set those of layers in the list by the largest numbers of their factors."""
@@ -162,11 +160,12 @@ class _List:
             for entry in self._entries:
                 _write_by_formula(entry, balances.flatten(), self._strengths)
             return
-        first = self._entries[0]
-        self._kernel.write_factors(
-            self._programs, self._addresses, balances, self._strengths, fp8=fp8,
-            rank=max(entry.source.shape[1] for entry in self._entries), source=first.source.dtype, low=first.low.dtype,
-        )  # fmt: skip
+        for entries, programs, addresses in self._kinds:
+            first = entries[0]
+            self._kernel.write_factors(
+                programs, addresses, balances, self._strengths, up=first.is_up, fp8=fp8,
+                rank=max(entry.source.shape[1] for entry in entries), source=first.source.dtype, low=first.low.dtype,
+            )  # fmt: skip
 
     def _set_strengths(self) -> Tensor:
         strengths = self._strengths[:-1]
@@ -182,25 +181,47 @@ def _entries(linear: nn.Linear, factors: Factors, *, balance: int, strength: int
     if not fp8 and room.shape[0] > out:
         behind = room[out:, :inner].t()
     down, up = (factor.data for factor in frozen.carried_factors(linear))
-    yield _Entry(factors.down.detach().t(), down.t(), behind, factors.rank, None, balance + 1, strength=-1)
+    yield _Entry(
+        factors.down.detach().t(), down.t(), behind, factors.rank, None, balance + 1, -1, is_up=False
+    )
     row = column = 0
     for block in factors.ups:
         rows, columns = slice(row, row + block.shape[0]), slice(column, column + block.shape[1])
         beside = room[rows, inner + column :] if room.shape[1] > inner else None
         scale = frozen.scale_of(linear).flatten()[rows] if fp8 else None
-        yield _Entry(block.detach(), up[rows, columns], beside, factors.rank, scale, balance, strength)
+        yield _Entry(
+            block.detach(), up[rows, columns], beside, factors.rank, scale, balance, strength, is_up=True
+        )
         row, column = rows.stop, columns.stop
 
 
-def _addresses(entry: _Entry, *, strengths: int) -> list[int]:
-    """An entry as the kernel reads it."""
-    beside, scale = entry.beside, entry.scale
-    return [
-        entry.source.data_ptr(), entry.low.data_ptr(), 0 if beside is None else beside.data_ptr(),
-        0 if scale is None else scale.data_ptr(), *entry.source.shape, entry.total, *entry.source.stride(),
-        *entry.low.stride(), *((0, 0) if beside is None else beside.stride()), entry.balance,
-        entry.strength % strengths,
+def _addresses(
+    entries: Sequence[_Entry], *, strengths: int, block: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What each program of the kernel does, and the entries as it reads them: tables of whole numbers."""
+    programs = [
+        (number, part)
+        for number, entry in enumerate(entries)
+        for part in range(-(-entry.source.shape[0] // block))
+    ]
+    fields = [
+        (
+            entry.source.data_ptr(), entry.low.data_ptr(), _pointer(entry.beside), _pointer(entry.scale),
+            *entry.source.shape, entry.total, _stride(entry.source), _stride(entry.low),
+            0 if entry.beside is None else _stride(entry.beside), entry.balance, entry.strength % strengths,
+        )
+        for entry in entries
     ]  # fmt: skip
+    return torch.tensor(programs, device=device), torch.tensor(fields, device=device)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _stride(matrix: Tensor) -> int:
+    """Of rows, or of columns where it lies column by column."""
+    return max(matrix.stride())
 
 
 def _write_by_formula(entry: _Entry, balances: Tensor, strengths: Tensor) -> None:

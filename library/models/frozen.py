@@ -76,7 +76,7 @@ def store_scaled(
     weight = to_8_bits(wide / scale, dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     scale = scale.T.contiguous().to(device or scale.device)  # [1, out] float32
-    linear.register_buffer("weight_scale", scale, persistent=False)
+    _set_scale(linear, scale)
     if keep_transposed:
         keep_transposed_copy(linear)
     install(linear)
@@ -149,8 +149,18 @@ def _with_like_scales(linear: nn.Linear) -> Tensor:
     limited = scale.clamp(min=scale.max() / _UNLIKE)
     if bool((limited != scale).any()):
         weight = to_8_bits(weight.float() * (scale / limited).to(weight.device).T, FP8)
-        linear.weight_scale = limited
+        _set_scale(linear, limited)
     return weight
+
+
+def _set_scale(linear: nn.Linear, scale: Tensor) -> None:
+    """`weight_scale`, and `weight_of_columns`: the same to be multiplied with a gradient's columns.
+
+    Each row of a gradient reads these again. Powers of two are as exact in half the bytes.
+    """
+    linear.register_buffer("weight_scale", scale, persistent=False)
+    columns = scale.bfloat16() if linear.weight.dtype == FP8 else scale.clone()
+    linear.register_buffer("weight_of_columns", columns, persistent=False)
 
 
 def is_scaled(linear: nn.Linear) -> bool:
@@ -222,7 +232,14 @@ def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: 
         if transposed is not None:
             transposed = transposed[:, : linear.out_features]
         out = ScaledProduct.apply(  # type: ignore[no-untyped-call]
-            flat, linear.weight, linear.weight_scale.float(), transposed, bias, down, up
+            flat,
+            linear.weight,
+            linear.weight_scale.float(),
+            linear.weight_of_columns,
+            transposed,
+            bias,
+            down,
+            up,
         )
     return out.view(*x.shape[:-1], -1)
 
@@ -230,8 +247,8 @@ def _scaled_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: 
 def _carrying_linear(linear: nn.Linear, x: Tensor, bias: Tensor | None, low_rank: LowRank) -> Tensor:
     out = CarriedProduct.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, x.shape[-1]), linear.weight, bias, *low_rank, linear.carried_down, linear.carried_up, linear.room,
-        getattr(linear, "weight_scale", None), getattr(linear, "balance", None),
-        getattr(linear, "weight_transposed", None), getattr(linear, "behind", None),
+        getattr(linear, "weight_scale", None), getattr(linear, "weight_of_columns", None),
+        getattr(linear, "balance", None), getattr(linear, "weight_transposed", None), getattr(linear, "behind", None),
     )  # fmt: skip
     return cast(Tensor, out.view(*x.shape[:-1], -1))
 

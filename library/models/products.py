@@ -71,8 +71,8 @@ class JoinedProduct(torch.autograd.Function):
 class ScaledProduct(torch.autograd.Function):
     """The product of x [T, in] with a scaled W, which is multiplied in 8 bits both ways, and the sum with factors.
 
-    Without factors it keeps nothing of x, with them x and x down^T [T, r]. `scale` is [1, out]; `transposed`
-    [in, out] is the weight's second copy, or None.
+    Without factors it keeps nothing of x, with them x and x down^T [T, r]. `scale` is [1, out], and so is `columns`,
+    the same for a gradient's columns; `transposed` [in, out] is the weight's second copy, or None.
     """
 
     @staticmethod
@@ -81,6 +81,7 @@ class ScaledProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         scale: Tensor,
+        columns: Tensor,
         transposed: Tensor | None,
         bias: Tensor | None,
         down: Tensor | None,
@@ -88,40 +89,40 @@ class ScaledProduct(torch.autograd.Function):
     ) -> Tensor:
         rounded, by_token = round_rows(x, weight.dtype)
         if down is None or up is None:
-            ctx.save_for_backward(weight, scale, transposed, None, None, None, None)
+            ctx.save_for_backward(weight, columns, transposed, None, None, None, None)
             return multiply(rounded, by_token, weight.t(), scale, bias).to(x.dtype)
         out, hidden = _operator("joined")(x, rounded, by_token, weight, scale, bias, down, up)
-        ctx.save_for_backward(weight, scale, transposed, x, hidden, down, up)
+        ctx.save_for_backward(weight, columns, transposed, x, hidden, down, up)
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, scale, transposed, x, hidden, down, up = ctx.saved_tensors
+        weight, columns, transposed, x, hidden, down, up = ctx.saved_tensors
         needs_input = ctx.needs_input_grad[0]
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[5] else None
         rounded = by_token = grad_x = grad_down = grad_up = None
         if needs_input:
             if weight.dtype == FP8:  # cuBLAS multiplies fp8 with a second factor that lies column by column
                 weight = (weight.t().contiguous() if transposed is None else transposed).t()
             # The rows' scales belong to the inner dimension here, so they join the gradient before it is rounded.
-            rounded, by_token = round_rows(grad, weight.dtype, scale)
+            rounded, by_token = round_rows(grad, weight.dtype, columns)
         if up is not None:
             grad_x, grad_down, grad_up = _operator("joined_backward")(
                 grad, rounded, by_token, weight, x, hidden, down, up, needs_input
             )
         elif rounded is not None and by_token is not None:
             grad_x = multiply(rounded, by_token, weight, None, None).to(grad.dtype)
-        return grad_x if needs_input else None, None, None, None, grad_bias, grad_down, grad_up
+        return grad_x if needs_input else None, None, None, None, None, grad_bias, grad_down, grad_up
 
 
 class CarriedProduct(torch.autograd.Function):
     """The sum of both for a wide or an fp8 W with room for the factors, as in `library.models.carried`.
 
     `low_down` and `low_up` are the factors as they are multiplied, which are in the room as well; of `down` and `up`
-    themselves only the gradients are made. `room` is W's storage; an fp8 W has `scale`, `balance`, maybe its second
-    copy `transposed` with room of its own, and `behind` [in, P], what is or is to be in that room. Where a side is too
-    long there is no room, and the product is joined.
+    themselves only the gradients are made. `room` is W's storage. An fp8 W has `scale` [1, out], the same as `columns`
+    of a gradient, `balance`, maybe its second copy `transposed` with room of its own, and `behind` [in, P], what is or
+    is to be in that room. Where a side is too long there is no room, and the product is joined.
     """
 
     @staticmethod
@@ -136,6 +137,7 @@ class CarriedProduct(torch.autograd.Function):
         low_up: Tensor,
         room: Tensor | None,
         scale: Tensor | None,
+        columns: Tensor | None,
         balance: Tensor | None,
         transposed: Tensor | None,
         behind: Tensor | None,
@@ -145,17 +147,17 @@ class CarriedProduct(torch.autograd.Function):
         else:
             rounded, by_token = (None, None) if scale is None else round_rows(x, weight.dtype)
             out, hidden = _operator("joined")(x, rounded, by_token, weight, scale, bias, low_down, low_up)
-        ctx.save_for_backward(x, weight, hidden, low_down, low_up, room, scale, balance, transposed, behind)
+        ctx.save_for_backward(x, weight, hidden, low_down, low_up, room, columns, balance, transposed, behind)
         ctx.dtypes = down.dtype, up.dtype
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight, hidden, down, up, room, scale, balance, transposed, behind = ctx.saved_tensors
+        x, weight, hidden, down, up, room, columns, balance, transposed, behind = ctx.saved_tensors
         needs_input = ctx.needs_input_grad[0]
         rounded = by_token = None
-        if scale is not None:
+        if columns is not None:
             if needs_input and transposed is None:
                 transposed = transposed_copy(weight, behind)
             room = None if behind is None else transposed
@@ -163,12 +165,12 @@ class CarriedProduct(torch.autograd.Function):
             room = None
         if room is not None and needs_input:
             grad_x, grad_down, grad_up = _operator("carried_backward")(
-                grad, room, scale, x, hidden, up, balance
+                grad, room, columns, x, hidden, up, balance
             )
         else:
-            if scale is not None and needs_input:
+            if columns is not None and needs_input:
                 weight = transposed.t()
-                rounded, by_token = round_rows(grad, weight.dtype, scale)
+                rounded, by_token = round_rows(grad, weight.dtype, columns)
             grad_x, grad_down, grad_up = _operator("joined_backward")(
                 grad, rounded, by_token, weight, x, hidden, down, up, needs_input
             )
@@ -178,7 +180,7 @@ class CarriedProduct(torch.autograd.Function):
             grad.sum(0) if ctx.needs_input_grad[2] else None,
             grad_down.to(ctx.dtypes[0]),
             grad_up.to(ctx.dtypes[1]),
-            *[None] * 7,
+            *[None] * 8,
         )
 
 

@@ -1,6 +1,6 @@
 """The rounding of rows to fp8 as one Triton kernel; `library.models.rounding` imports it where there is a GPU.
 
-A short row is held while its largest number is looked for. The second reading of a long one finds it in the GPU's
+A row is held while its largest number is looked for. The second reading of one too long for that finds it in the GPU's
 cache, so that it costs no trip to memory.
 """
 
@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096  # numbers of a row that a program holds at a time
+_BLOCK = 4096  # numbers that a program holds at a time of a row that it cannot hold whole
+_HELD = 16384
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def _numbers(x, by_column, place, columns, WEIGHTED: tl.constexpr):
     inside = place < columns
     numbers = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if WEIGHTED:
-        numbers *= tl.load(by_column + place, mask=inside, other=0.0)
+        numbers *= tl.load(by_column + place, mask=inside, other=0.0).to(tl.float32)
     return numbers
 
 
@@ -56,16 +57,16 @@ def _kernel(
 
 
 def round_rows(x: Tensor, by_column: Tensor | None, smallest: float) -> tuple[Tensor, Tensor]:
-    """`x` [T, n], times `by_column` [1, n] float32, as float8_e4m3fn, and the scales [T, 1] float32 of its rows."""
+    """`x` [T, n], times `by_column` [1, n], as float8_e4m3fn, and the scales [T, 1] float32 of its rows."""
     rows, columns = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
     rounded = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    short = columns <= _BLOCK
+    short = columns <= _HELD
     _kernel[(rows,)](
         x, scales if by_column is None else by_column, rounded, scales, columns, x.stride(0), smallest,
         WEIGHTED=by_column is not None, SHORT=short, BLOCK=triton.next_power_of_2(columns) if short else _BLOCK,
-        num_warps=4 if short else 16,
+        num_warps=4 if columns <= _BLOCK else 8 if short else 16,
     )  # fmt: skip
     return rounded, scales
