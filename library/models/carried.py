@@ -38,14 +38,23 @@ from library.models.scaled_mm import multiply
 
 LONGEST = 4096  # of a row of the first factor: it is copied, and the product of long ones is narrow
 _ALIGNMENT = 128  # bytes: of the rows of factors that a GPU reads at full speed
+_LEAST = 16  # bytes: products of rows of such multiples have fast kernels
 _SIXTHS = 6  # the largest of many numbers is some 3 to 6 times their root mean square
 _NOTHING = 1e-30
 
 
 def columns(rank: int, dtype: torch.dtype) -> int:
     """P for a low rank, beside a weight of that dtype."""
-    numbers = 3 * rank if dtype == FP8 else rank
-    aligned = _ALIGNMENT // dtype.itemsize
+    return _up_to(rank, dtype, _ALIGNMENT)
+
+
+def used_columns(rank: int, dtype: torch.dtype) -> int:
+    """How many of them are multiplied."""
+    return _up_to(rank, dtype, _LEAST)
+
+
+def _up_to(rank: int, dtype: torch.dtype, multiple: int) -> int:
+    numbers, aligned = 3 * rank if dtype == FP8 else rank, multiple // dtype.itemsize
     return -(-numbers // aligned) * aligned
 
 
@@ -69,19 +78,23 @@ def halves(numbers: Tensor) -> tuple[Tensor, Tensor]:
 def rows(
     x: Tensor, by_column: Tensor | None, hidden: Tensor, more: int, balance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The first factor [T, n + more] of x [T, n], times `by_column` [1, n], and its product [T, r].
+    """The first factor of x [T, n], times `by_column` [1, n], and its product [T, r].
 
-    With `balance`, one number, it is fp8, and scales [T, 1] float32 come with it.
+    It has as many columns more as are multiplied, in rows as far apart as n + `more`. With `balance`, one number, it is
+    fp8, and scales [T, 1] float32 come with it.
     """
+    used = used_columns(hidden.shape[1], x.dtype if balance is None else FP8)
     found = kernel(x.device) if x.is_cuda else None
     if found is not None:
-        made: tuple[Tensor, Tensor | None] = found.rows(x, by_column, hidden, more, balance, SMALLEST_SCALE)
+        made: tuple[Tensor, Tensor | None] = found.rows(
+            x, by_column, hidden, more, used, balance, SMALLEST_SCALE
+        )
         return made
-    return _by_formula(x, by_column, hidden, more, balance)
+    return _by_formula(x, by_column, hidden, more, used, balance)
 
 
 def _by_formula(
-    x: Tensor, by_column: Tensor | None, hidden: Tensor, more: int, balance: Tensor | None
+    x: Tensor, by_column: Tensor | None, hidden: Tensor, more: int, used: int, balance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     scale = None
     parts: tuple[Tensor, ...]
@@ -99,7 +112,7 @@ def _by_formula(
     for part in parts:
         made[:, start : start + part.shape[1]] = part
         start += part.shape[1]
-    return made, scale
+    return made[:, : x.shape[1] + used], scale
 
 
 @cache
@@ -112,10 +125,11 @@ def kernel(device: torch.device) -> Any:
         x = torch.linspace(-3, 5, 4 * 80, device=device).view(4, -1).to(torch.bfloat16)
         hidden = torch.linspace(-40, 60, 20, device=device).view(4, -1).to(torch.bfloat16)
         for balance in (None, torch.full((1,), 0.5, device=device))[: 1 + fp8]:
-            more = columns(hidden.shape[1], torch.bfloat16 if balance is None else FP8)
+            dtype = torch.bfloat16 if balance is None else FP8
+            widths = columns(hidden.shape[1], dtype), used_columns(hidden.shape[1], dtype)
             by_column = None if balance is None else torch.linspace(0.5, 2, 80, device=device)[None]
-            made, by_row = kernel.rows(x, by_column, hidden, more, balance, SMALLEST_SCALE)
-            wanted, wanted_by_row = _by_formula(x, by_column, hidden, more, balance)
+            made, by_row = kernel.rows(x, by_column, hidden, *widths, balance, SMALLEST_SCALE)
+            wanted, wanted_by_row = _by_formula(x, by_column, hidden, *widths, balance)
             if by_row is None or wanted_by_row is None:
                 pairs.append((made, wanted))
                 continue
@@ -149,6 +163,7 @@ def _carried(
     made, by_row = rows(
         x, None, hidden, factor.shape[1] - x.shape[1], None if balance is None else balance[:1]
     )
+    factor = factor[:, : made.shape[1]]
     if by_row is None:
         return F.linear(made, factor, bias), hidden
     return multiply(made, by_row, factor.t(), by_column, bias).to(x.dtype), hidden
@@ -169,6 +184,7 @@ def _carried_backward(
         _into(grad.t(), hidden, grad_up)
     more = factor.shape[0] - inner
     made, by_row = rows(grad, by_column, grad_hidden, more, None if balance is None else balance[1:])
+    factor = factor[: made.shape[1]]
     grad_x = made @ factor if by_row is None else multiply(made, by_row, factor, None, None)
     aside.join()
     return grad_x.to(grad.dtype), grad_down, grad_up

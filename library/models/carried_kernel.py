@@ -24,13 +24,13 @@ def _halves(numbers):
 
 @triton.jit(do_not_specialize_on_alignment=["balance"])
 def _row(
-    x, by_column, hidden, made, scales, balance, columns, rank, more, x_stride, smallest,
-    WEIGHTED: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, MORE: tl.constexpr,
+    x, by_column, hidden, made, scales, balance, columns, rank, used, x_stride, made_stride, smallest,
+    WEIGHTED: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, USED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    place, r, rest = tl.arange(0, BLOCK), tl.arange(0, RANK), tl.arange(0, MORE)
+    place, r, rest = tl.arange(0, BLOCK), tl.arange(0, RANK), tl.arange(0, USED)
     inside, ranks = place < columns, r < rank
-    made += row * (columns + more)
+    made += row * made_stride
     behind = made + columns
     numbers = tl.load(x + row * x_stride + place, mask=inside, other=0.0)
     product = tl.load(hidden + row * rank + r, mask=ranks, other=0.0)
@@ -48,13 +48,13 @@ def _row(
         tl.store(behind + r, high, mask=ranks)
         tl.store(behind + rank + r, high, mask=ranks)
         tl.store(behind + 2 * rank + r, low, mask=ranks)
-        nothing = tl.zeros((MORE,), tl.float32).to(tl.float8e4nv)
-        tl.store(behind + rest, nothing, mask=(rest >= 3 * rank) & (rest < more))
+        nothing = tl.zeros((USED,), tl.float32).to(tl.float8e4nv)
+        tl.store(behind + rest, nothing, mask=(rest >= 3 * rank) & (rest < used))
     else:
         tl.store(made + place, numbers, mask=inside)
         tl.store(behind + r, product, mask=ranks)
-        nothing = tl.zeros((MORE,), made.dtype.element_ty)
-        tl.store(behind + rest, nothing, mask=(rest >= rank) & (rest < more))
+        nothing = tl.zeros((USED,), made.dtype.element_ty)
+        tl.store(behind + rest, nothing, mask=(rest >= rank) & (rest < used))
 
 
 @triton.jit
@@ -101,7 +101,13 @@ def _factors(
 
 
 def rows(
-    x: Tensor, by_column: Tensor | None, hidden: Tensor, more: int, balance: Tensor | None, smallest: float
+    x: Tensor,
+    by_column: Tensor | None,
+    hidden: Tensor,
+    more: int,
+    used: int,
+    balance: Tensor | None,
+    smallest: float,
 ) -> tuple[Tensor, Tensor | None]:
     """As `library.models.carried.rows`."""
     if x.stride(1) != 1:
@@ -112,11 +118,11 @@ def rows(
     scales = torch.empty(count, 1, dtype=torch.float32, device=x.device) if fp8 else None
     _row[(count,)](
         x, x if by_column is None else by_column, hidden, made, x if scales is None else scales,
-        x if balance is None else balance, columns, rank, more, x.stride(0), smallest,
+        x if balance is None else balance, columns, rank, used, x.stride(0), made.stride(0), smallest,
         WEIGHTED=by_column is not None, FP8=fp8, BLOCK=triton.next_power_of_2(columns),
-        RANK=triton.next_power_of_2(rank), MORE=triton.next_power_of_2(more), num_warps=4,
+        RANK=triton.next_power_of_2(rank), USED=triton.next_power_of_2(used), num_warps=4,
     )  # fmt: skip
-    return made, scales
+    return made[:, : columns + used], scales
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
