@@ -41,6 +41,7 @@ _ALIGNMENT = 128  # bytes: of the rows of factors that a GPU reads at full speed
 _LEAST = 16  # bytes: products of rows of such multiples have fast kernels
 _SIXTHS = 6  # the largest of many numbers is some 3 to 6 times their root mean square
 _NOTHING = 1e-30
+_THIN = 64  # the most ranks that the kernel was made for
 
 
 def columns(rank: int, dtype: torch.dtype) -> int:
@@ -73,6 +74,13 @@ def halves(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Each number, float32, as the sum of two in fp8."""
     high = to_8_bits(numbers, FP8)
     return high, to_8_bits(numbers - high.float(), FP8)
+
+
+def thin(x: Tensor, factor: Tensor) -> Tensor:
+    """x [T, n] times a low rank's `factor` [r, n], transposed."""
+    found = kernel(x.device) if x.is_cuda and x.dtype.itemsize == 2 and len(factor) <= _THIN else None
+    product: Tensor = x @ factor.t() if found is None else found.thin(x, factor)
+    return product
 
 
 def rows(
@@ -121,7 +129,13 @@ def kernel(device: torch.device) -> Any:
     fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
 
     def check(kernel: Any) -> list[tuple[Tensor, Tensor]]:
-        pairs = []
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for count in (100, 2100):  # few rows and many
+            x, first = (
+                (torch.arange(n * 300, device=device) * 0.7).sin().view(n, -1).to(torch.bfloat16)
+                for n in (count, 20)
+            )
+            pairs += [(kernel.thin(x, one), x @ one.t()) for one in (first, first.t().contiguous().t())]
         x = torch.linspace(-3, 5, 4 * 80, device=device).view(4, -1).to(torch.bfloat16)
         hidden = torch.linspace(-40, 60, 20, device=device).view(4, -1).to(torch.bfloat16)
         for balance in (None, torch.full((1,), 0.5, device=device))[: 1 + fp8]:
@@ -145,11 +159,6 @@ def kernel(device: torch.device) -> Any:
     return trusted("library.models.carried_kernel", check)
 
 
-def works(device: torch.device) -> bool:
-    """Whether products may carry there: without kernels of its own a GPU is better off without."""
-    return device.type == "cpu" or (device.type == "cuda" and kernel(device) is not None)
-
-
 def _carried(
     x: Tensor, room: Tensor, by_column: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor,
     balance: Tensor | None,
@@ -159,7 +168,7 @@ def _carried(
     Of `up` [out, r] only the shape is used: its numbers are in the room.
     """
     factor = room[: up.shape[0]]
-    hidden = x @ down.t()
+    hidden = thin(x, down)
     made, by_row = rows(
         x, None, hidden, factor.shape[1] - x.shape[1], None if balance is None else balance[:1]
     )
@@ -176,7 +185,7 @@ def _carried_backward(
     """Gradients of x, and of down and up in float32, from that of the sum [T, out]. `down` is in the room."""
     inner = grad.shape[1]
     factor = room[:, : x.shape[1]] if balance is None else room.t()  # [out + more, in]
-    grad_hidden = grad @ up
+    grad_hidden = thin(grad, up.t())
     grad_down, grad_up = _empty_gradients(x, hidden, up)
     aside = Aside(x.device, rows=x.shape[0])
     with aside:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from library.models import carried, frozen
+from library.models.kernels import trusted
+from library.models.memory import free_memory
 
 
 class Factors(Protocol):
@@ -83,6 +86,7 @@ class Carrying:
         for linear, balance in zip(self._linears, self._balances, strict=True):
             if self._fp8:
                 linear.register_buffer("balance", balance.data, persistent=False)
+        self._kernels = _kernels(device) if device.type == "cuda" else None
         self._known: tuple[object, ...] = ()
         self._list: _List | None = None
 
@@ -97,7 +101,7 @@ class Carrying:
             return
         known = tuple(_identity(linear, one) for linear, one in zip(self._linears, found, strict=True))
         if self._list is None or known != self._known:
-            self._known, self._list = known, _List(self._linears, found)
+            self._known, self._list = known, _List(self._linears, found, self._kernels)
         if self._fp8:
             self._list.set_balances(self._balances, self._smallest_scales, self._inner)
         self._list.write(self._balances, fp8=self._fp8)
@@ -117,7 +121,8 @@ def _identity(linear: nn.Linear, factors: Factors | None) -> object:
 class _List:
     """Where factors come from and go to, for as long as nothing moves."""
 
-    def __init__(self, linears: Sequence[nn.Linear], found: Sequence[Factors | None]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], found: Sequence[Factors | None], kernels: Any) -> None:
+        """`kernels` is the module of kernels, or None for plain torch."""
         device = linears[0].weight.device
         numbers = [number for number, one in enumerate(found) if one is not None]
         self._factors = [one for one in found if one is not None]
@@ -136,13 +141,19 @@ class _List:
             for place, (number, one) in enumerate(zip(numbers, self._factors, strict=True))
             for entry in _entries(linears[number], one, balance=2 * number, strength=place - len(numbers) - 1)
         ]
-        self._kernel = carried.kernel(device) if device.type == "cuda" else None
+        self._kernels = kernels
         kinds = [[entry for entry in self._entries if entry.is_up == up] for up in (False, True)]
         self._kinds = [
-            (kind, *_addresses(kind, strengths=len(numbers) + 1, block=self._kernel.BLOCK, device=device))
+            (kind, *_addresses(kind, strengths=len(numbers) + 1, block=kernels.BLOCK, device=device))
             for kind in kinds
-            if self._kernel is not None
+            if kernels is not None
         ]
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """All that is written to."""
+        beside = [entry.beside for entry in self._entries if entry.beside is not None]
+        return [entry.low for entry in self._entries] + beside
 
     def set_balances(self, balances: Tensor, smallest_scales: Tensor, inner: Tensor) -> None:
         """Set those of layers in the list by the largest numbers of their factors."""
@@ -156,13 +167,13 @@ class _List:
     def write(self, balances: Tensor, *, fp8: bool) -> None:
         """Write all of the list."""
         self._set_strengths()
-        if self._kernel is None:
+        if self._kernels is None:
             for entry in self._entries:
                 _write_by_formula(entry, balances.flatten(), self._strengths)
             return
         for entries, programs, addresses in self._kinds:
             first = entries[0]
-            self._kernel.write_factors(
+            self._kernels.write_factors(
                 programs, addresses, balances, self._strengths, up=first.is_up, fp8=fp8,
                 rank=max(entry.source.shape[1] for entry in entries), source=first.source.dtype, low=first.low.dtype,
             )  # fmt: skip
@@ -241,6 +252,57 @@ def _write_by_formula(entry: _Entry, balances: Tensor, strengths: Tensor) -> Non
         beside[:, start : start + rank] = part
 
 
+class _Sample(NamedTuple):
+    """Factors to try the kernels with."""
+
+    down: Tensor
+    ups: Sequence[Tensor]
+    alpha: Tensor
+    rank: int
+    multiplier: float
+
+
+@cache
+def _kernels(device: torch.device) -> Any:
+    """The kernels of an NVIDIA GPU, or None where they cannot be trusted."""
+
+    def check(kernels: Any) -> list[tuple[Tensor, Tensor]]:
+        rank, out, inner = 6, 130, 80
+        numbers = (torch.arange(rank * (out + inner), device=device) * 0.7).sin()
+        down, ups = numbers[: rank * inner].view(rank, inner), numbers[rank * inner :].view(2, out // 2, rank)
+        factors = _Sample(
+            down, [up[:, : rank // 2].contiguous() for up in ups], torch.tensor(3.0, device=device), rank, 1.0
+        )
+        pairs = []
+        for fp8 in (False, True)[: 1 + (torch.cuda.get_device_capability(device) >= (8, 9))]:
+            linear = nn.Linear(inner, out, bias=False, device="meta")  # draws nothing
+            ones = torch.ones(out, inner, device=device, dtype=torch.bfloat16)
+            linear.weight = nn.Parameter(ones, requires_grad=False)
+            if fp8:
+                frozen.store_scaled(linear, "fp8", keep_transposed=True)
+            frozen.make_room(linear, rank, torch.bfloat16)
+            made = []
+            for ways in (kernels, None):
+                listed = _List([linear], [factors], ways)
+                listed.write(torch.full((1, 2), 0.5, device=device), fp8=fp8)
+                made.append([_told(target, rank) for target in listed.targets])
+            pairs += list(zip(*made, strict=True))
+        return pairs
+
+    return carried.kernel(device) and trusted("library.models.carried_kernel", check)
+
+
+def _told(target: Tensor, rank: int) -> Tensor:
+    """What has been written: in fp8 a rounding of the first number is made good by the second."""
+    wide = target.float()
+    return wide[:, :rank] + wide[:, rank : 2 * rank] if target.dtype == frozen.NARROW else wide
+
+
+def _works(device: torch.device) -> bool:
+    """Whether products may carry there: without kernels of its own a GPU is better off without."""
+    return device.type == "cpu" or (device.type == "cuda" and _kernels(device) is not None)
+
+
 def carry(linears: Iterable[nn.Linear], *, dtype: torch.dtype) -> Callable[[], None] | None:
     """Make room in all layers whose adapter says its factors; None where there is none.
 
@@ -250,9 +312,10 @@ def carry(linears: Iterable[nn.Linear], *, dtype: torch.dtype) -> Callable[[], N
     layers: list[tuple[nn.Linear, Callable[[], Factors | None]]] = []
     for linear in linears:
         asked = getattr(getattr(linear.forward, "__self__", None), "factors", None)
-        if not callable(asked) or not carried.works(linear.weight.device):
+        if not callable(asked) or not _works(linear.weight.device):
             continue
         factors: Factors | None = asked()
         if factors is not None and frozen.make_room(linear, factors.rank, dtype):
             layers.append((linear, asked))
+    free_memory()  # what held the weights before
     return Carrying(layers).write if layers else None
