@@ -151,9 +151,7 @@ def measure(
                 torch.cuda.reset_peak_memory_stats()
             first = time.perf_counter() - started
             graphs = compiled_graphs()
-            started = time.perf_counter()
         watch.on_step(trainer.state, next(reports))
-    elapsed = time.perf_counter() - started
     if arguments.profile:
         profile(reports, Path(arguments.profile))
     parts = splits(trainer, stream, arguments.split) if arguments.split else {}
@@ -164,6 +162,9 @@ def measure(
     samples = sum(watch.samples[arguments.warmup :])
     length = job.loader.t5_length
     flops = statistics.mean(flops_per_sample(params, tokens_of(shape, length)) for shape in measured)
+    # A step's report may come when the next one is done, so that the reports of so many steps take one step less.
+    medians = shape_medians(seconds, measured)
+    elapsed = sum(medians[shape] for shape in measured)
     rate = flops * samples / elapsed / backend.world.size / 1e12
     peak = peak_teraflops(torch.cuda.get_device_name()) if cuda else None
     return {
@@ -209,16 +210,19 @@ def peak_teraflops(device: str) -> float | None:
     return next((rate for name, rate in PEAK_TERAFLOPS.items() if name in device), None)
 
 
+def shape_medians(seconds: Sequence[float], shapes: Sequence[str]) -> dict[str, float]:
+    """The median step of each size of picture."""
+    pairs = list(zip(shapes, seconds, strict=True))
+    return {shape: statistics.median(s for one, s in pairs if one == shape) for shape in sorted(set(shapes))}
+
+
 def by_shape(
     seconds: Sequence[float], shapes: Sequence[str], against: Path | None, *, t5_length: int
 ) -> dict[str, Any]:
     """Medians of each shape, and how the mean of a mixed step compares with those of steps of one shape."""
     if len(set(shapes)) < 2:
         return {}
-    pairs = list(zip(shapes, seconds, strict=True))
-    medians = {
-        shape: statistics.median(s for one, s in pairs if one == shape) for shape in sorted(set(shapes))
-    }
+    medians = shape_medians(seconds, shapes)
     found: dict[str, Any] = {
         "seconds_by_shape": {shape: round(median, 4) for shape, median in medians.items()}
     }
@@ -232,8 +236,8 @@ def by_shape(
         near = min(single, key=lambda one: (one != shape, abs(tokens_of(one, t5_length) - tokens)))
         return single[near] * tokens / tokens_of(near, t5_length)
 
-    alone = statistics.mean(expected(shape) for shape, _ in pairs)
-    mixed = statistics.mean(medians[shape] for shape, _ in pairs)
+    alone = statistics.mean(expected(shape) for shape in shapes)
+    mixed = statistics.mean(medians[shape] for shape in shapes)
     return {**found, "seconds_single_bucket": round(alone, 4), "mixed_to_single": round(mixed / alone, 4)}
 
 
@@ -287,17 +291,25 @@ def compiled_graphs() -> int:
 
 
 def profile(reports: Iterator[StepReport], path: Path) -> None:
-    """Two more steps under torch's profiler; the kernels that take longest go to `path`."""
+    """Two more steps under torch's profiler: what takes the device and the host longest goes to `path`.
+
+    With the ending .json it is the whole course of events, for a viewer of traces.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(2):
             next(reports)
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    path.write_text(
-        recorded.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=110), encoding="utf-8"
-    )
+    if path.suffix == ".json":
+        recorded.export_chrome_trace(str(path))
+        return
+    keys = ["self_cpu_time_total"]  # where the host waits is there as well
+    if torch.cuda.is_available():
+        keys.insert(0, "self_device_time_total")
+    averages = recorded.key_averages()
+    tables = (averages.table(sort_by=key, row_limit=60, max_name_column_width=110) for key in keys)
+    path.write_text("\n".join(tables), encoding="utf-8")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
@@ -317,7 +329,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
         "--split", type=int, default=0, metavar="STEPS", help="tell where the time of more steps goes"
     )
     parser.add_argument("--against", type=Path, metavar="FILE", help="results of runs of one resolution")
-    parser.add_argument("--profile", metavar="FILE", help="profile two more steps")
+    parser.add_argument("--profile", metavar="FILE", help="profile two more steps (.json: as a trace)")
     parser.add_argument(
         "--read_at_once", action="store_true", help="read every step's loss before the next step begins"
     )

@@ -14,7 +14,7 @@ so that an adapter need not know how the weight is stored. `weight` is one of
 - grouped: int8 with one scale for each output and each few inputs in `group_scale`, for layers that see one row a
   sample (`base_compute`); activations stay as they are.
 
-The arithmetic is in `library.models.products` and `library.models.few_rows`.
+The arithmetic is in `library.models.products`, `library.models.carried` and `library.models.few_rows`.
 
 Shape letters: T tokens (all leading dimensions of x), r rank.
 """

@@ -35,14 +35,17 @@ class SampleLosses:
         self._rows, self._world = rows, world
         self._noted: list[Tensor] = []
 
-    def note(self, batch: Batch, t: Tensor, losses: Tensor) -> None:
-        """Keep what a micro-batch lost: `t` [B] and `losses` [B] on the device."""
+    def images(self, batch: Batch) -> Tensor:  # [B] on the device
+        """Which pictures a micro-batch has; made before it is computed, so that the copy waits for nothing."""
         real = (batch.shares > 0).tolist()
         numbers = [
             self._index.get(visit.sample, 0) if counts else 0
             for visit, counts in zip(batch.visits, real, strict=True)
         ]
-        images = on_device(torch.tensor(numbers, dtype=torch.float32), losses.device)
+        return on_device(torch.tensor(numbers, dtype=torch.float32), self._world.device)
+
+    def note(self, images: Tensor, t: Tensor, losses: Tensor) -> None:
+        """Keep what a micro-batch lost: its `images` [B], `t` [B] and `losses` [B], all on the device."""
         self._noted.append(torch.stack((images, t.detach().float(), losses.detach().float()), dim=1))
 
     def take(self) -> Tensor:  # [ranks * rows * COLUMNS]

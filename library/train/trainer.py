@@ -253,13 +253,14 @@ class Trainer:
                 draw, inputs, batch.preserve, module=self.module, network=self.network,
                 objective=self.objective, ranks=self.backend.world.size,
             )  # fmt: skip
+        images = None if self.sample_losses is None else self.sample_losses.images(batch)
         # Dropouts inside a network use torch's global generators: seeded by what is trained, not by when.
         torch.manual_seed(randomness.integer(self.state.seed, "network", *batch.visits[0]))
         self.network.on_step_start()
         run = self.differentiate if self.graphs is None else partial(self.graphs.run, self.differentiate)
         loss_B = run(draw, inputs)
-        if self.sample_losses is not None:
-            self.sample_losses.note(batch, draw.t, loss_B)
+        if self.sample_losses is not None and images is not None:
+            self.sample_losses.note(images, draw.t, loss_B)
         return (loss_B * inputs.sample_weights).sum()
 
     def differentiate(self, draw: Draw, inputs: StepInputs) -> Tensor:

@@ -71,6 +71,27 @@ def test_a_wide_product_that_carries_is_the_sum_of_both():
         assert difference(got, expected) < 1e-5
 
 
+@needs_gpu
+@pytest.mark.parametrize("tokens", [40, 3000])
+def test_a_gpu_carries_in_16_bits(tokens):
+    """Few rows and many, up to the rounding of the sum of both."""
+    torch.manual_seed(0)
+    linear = nn.Linear(INNER, OUTER, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    low_rank = [factor.detach().cuda().requires_grad_(True) for factor in factors(0.1, 0.1)]
+    x, direction = (torch.randn(tokens, side, device="cuda").bfloat16() for side in (INNER, OUTER))
+    x.requires_grad_(True)
+    frozen.install_joining(linear)
+    found = []
+    for room in (False, True):
+        if room:
+            assert frozen.make_room(linear, RANK, torch.bfloat16)
+            written(linear, low_rank)
+        out = linear.forward(x, low_rank=low_rank)
+        found.append((out, *torch.autograd.grad(out, (x, *low_rank), direction)))
+    for one, other in zip(*found, strict=True):
+        assert difference(other, one) < 0.01
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("up", [1e-5, 1e-3, 1e-1, 1.0])
 @pytest.mark.parametrize("down", [1e-2, 1.0])

@@ -93,7 +93,8 @@ def test_samples_of_all_ranks_meet_in_one_table():
             visits=tuple(Visit(name, 0) for name in names), captions=tuple(names), latents=None, images=None, text=None,
             loss_weights=torch.ones(len(names)), shares=torch.tensor(shares), mask=None,
         )  # fmt: skip
-        ranks[rank].note(batch, torch.full((len(names),), 0.5 + rank / 4), torch.arange(1.0, 1 + len(names)))
+        images, t = ranks[rank].images(batch), torch.full((len(names),), 0.5 + rank / 4)
+        ranks[rank].note(images, t, torch.arange(1.0, 1 + len(names)))
     table = sum(rank.take() for rank in ranks)
     assert isinstance(table, torch.Tensor)
     assert ranks[0].read(table.tolist()) == (
@@ -112,7 +113,7 @@ def test_a_gpu_waits_for_no_table():
     t, lost = torch.tensor([0.25, 0.5], device=gpu), torch.tensor([1.0, 2.0], device=gpu)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses.note(batch, t, lost)
+        losses.note(losses.images(batch), t, lost)
         table = losses.take()
     finally:
         torch.cuda.set_sync_debug_mode("default")
