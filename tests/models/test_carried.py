@@ -278,7 +278,8 @@ def test_weights_may_be_elsewhere_for_a_while_and_a_recorded_step_finds_its_list
     for name, parameter in model.network.module.named_parameters():
         parameter.data = own[name]
     again = outcome(model)
-    assert listed in kept._lists.values() and len(kept._lists) == 2
+    assert listed in kept._lists.values()
+    assert len(kept._lists) == 2
     for name, expected in first.items():
         torch.testing.assert_close(again[name], expected)
 
