@@ -87,8 +87,8 @@ class Carrying:
             if self._fp8:
                 linear.register_buffer("balance", balance.data, persistent=False)
         self._kernels = _kernels(device) if device.type == "cuda" else None
-        self._known: tuple[object, ...] = ()
-        self._list: _List | None = None
+        # All are kept: a recorded step reads the tables of the one that it was recorded with.
+        self._lists: dict[tuple[object, ...], _List] = {}
 
     @torch.no_grad()
     def write(self) -> None:
@@ -99,15 +99,16 @@ class Carrying:
         found = [asked() for asked in self._asked]
         if not any(one is not None and one.multiplier for one in found):
             return
-        known = tuple(_identity(linear, one) for linear, one in zip(self._linears, found, strict=True))
-        if self._list is None or known != self._known:
-            self._known, self._list = known, _List(self._linears, found, self._kernels)
+        places = tuple(_places(linear, one) for linear, one in zip(self._linears, found, strict=True))
+        listed = self._lists.get(places)
+        if listed is None:
+            listed = self._lists[places] = _List(self._linears, found, self._kernels)
         if self._fp8:
-            self._list.set_balances(self._balances, self._smallest_scales, self._inner)
-        self._list.write(self._balances, fp8=self._fp8)
+            listed.set_balances(self._balances, self._smallest_scales, self._inner)
+        listed.write(self._balances, fp8=self._fp8)
 
 
-def _identity(linear: nn.Linear, factors: Factors | None) -> object:
+def _places(linear: nn.Linear, factors: Factors | None) -> object:
     """What a list depends on: where everything is, and how strong."""
     if factors is None:
         return None

@@ -264,6 +264,26 @@ def test_the_transposed_copy_may_come_later():
         torch.testing.assert_close(second[name], expected)
 
 
+def test_weights_may_be_elsewhere_for_a_while_and_a_recorded_step_finds_its_list_again():
+    """As when a validation looks at averaged weights."""
+    model = applied()
+    model.before_forward = carrying.carry(block_linears(model), dtype=torch.float32)
+    kept = model.before_forward.__self__
+    first = outcome(model)
+    (listed,) = kept._lists.values()
+    own = {name: parameter.data for name, parameter in model.network.module.named_parameters()}
+    for parameter in model.network.module.parameters():
+        parameter.data = parameter.data * 2
+    assert difference(outcome(model)["output"], first["output"]) > 1e-3
+    for name, parameter in model.network.module.named_parameters():
+        parameter.data = own[name]
+    again = outcome(model)
+    assert listed in kept._lists.values()
+    assert len(kept._lists) == 2
+    for name, expected in first.items():
+        torch.testing.assert_close(again[name], expected)
+
+
 def test_what_comes_between_the_factors_is_not_carried():
     model = applied()
     for module in model.network.module.modules():
