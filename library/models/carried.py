@@ -39,9 +39,10 @@ from library.models.scaled_mm import multiply
 LONGEST = 4096  # of a row of the first factor: it is copied, and the product of long ones is narrow
 _ALIGNMENT = 128  # bytes: of the rows of factors that a GPU reads at full speed
 _LEAST = 16  # bytes: products of rows of such multiples have fast kernels
-_SIXTHS = 6  # the largest of many numbers is some 3 to 6 times their root mean square
+_CREST = 6  # the largest of many numbers is some 3 to 6 times their root mean square
 _NOTHING = 1e-30
-_THIN = 64  # the most ranks that the kernel was made for
+_LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU whose tensor cores have bfloat16
+MOST = 64  # ranks: beyond, the columns are no longer few
 
 
 def columns(rank: int, dtype: torch.dtype) -> int:
@@ -65,7 +66,7 @@ def balanced(first: Tensor, second: Tensor, inner: Tensor) -> Tensor:
     Such that both factors are about as large, as far as that can be known without x; and the second is in range.
     """
     largest = LARGEST[FP8]
-    reach = first * (largest * inner**0.5 / _SIXTHS)
+    reach = first * (largest * inner**0.5 / _CREST)
     even = (second / reach.clamp(min=_NOTHING)).sqrt()
     return torch.maximum(even, second / largest).clamp(min=_NOTHING)
 
@@ -78,7 +79,7 @@ def halves(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 def thin(x: Tensor, factor: Tensor) -> Tensor:
     """x [T, n] times a low rank's `factor` [r, n], transposed."""
-    found = kernel(x.device) if x.is_cuda and x.dtype.itemsize == 2 and len(factor) <= _THIN else None
+    found = kernel(x.device) if x.is_cuda and x.dtype.itemsize == 2 else None
     product: Tensor = x @ factor.t() if found is None else found.thin(x, factor)
     return product
 
@@ -126,7 +127,10 @@ def _by_formula(
 @cache
 def kernel(device: torch.device) -> Any:
     """The kernels of an NVIDIA GPU, or None where they cannot be trusted."""
-    fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return None
+    fp8 = capability >= (8, 9)
 
     def check(kernel: Any) -> list[tuple[Tensor, Tensor]]:
         pairs: list[tuple[Tensor, Tensor]] = []

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from library.models import carried, frozen
 from library.models.kernels import trusted
 from library.models.memory import free_memory
+from library.models.scaled_mm import skips_gaps
 
 
 class Factors(Protocol):
@@ -72,7 +73,7 @@ class Carrying:
     def __init__(self, layers: Sequence[tuple[nn.Linear, Callable[[], Factors | None]]]) -> None:
         """Layers that `frozen.make_room` has given room of one kind, and what says the factors on each."""
         self._linears = [linear for linear, _ in layers]
-        self._asked = [asked for _, asked in layers]
+        self._factors = [factors for _, factors in layers]
         device = self._linears[0].weight.device
         self._fp8 = frozen.is_scaled(self._linears[0])
         self._balances = torch.ones(len(layers), 2, device=device)
@@ -87,29 +88,34 @@ class Carrying:
             if self._fp8:
                 linear.register_buffer("balance", balance.data, persistent=False)
         self._kernels = _kernels(device) if device.type == "cuda" else None
-        # All are kept: a recorded step reads the tables of the one that it was recorded with.
-        self._lists: dict[tuple[object, ...], _List] = {}
+        self._newest: tuple[object, _Table] | None = None
+        self._recorded: list[_Table] = []  # a recorded step reads these again
 
-    @torch.no_grad()
     def write(self) -> None:
         """Write all factors as they are now; before a forward pass.
 
-        Where no adapter has a strength now, nothing is touched: a backward pass of one that had may be ahead.
+        Where no adapter has a strength, and none is trained now, nothing is touched: a backward pass of one that had
+        may be ahead.
         """
-        found = [asked() for asked in self._asked]
-        if not any(one is not None and one.multiplier for one in found):
+        found = [factors() for factors in self._factors]
+        strengths = [one.multiplier for one in found if one is not None]
+        if not strengths or not (any(strengths) or torch.is_grad_enabled()):
             return
         places = tuple(_places(linear, one) for linear, one in zip(self._linears, found, strict=True))
-        listed = self._lists.get(places)
-        if listed is None:
-            listed = self._lists[places] = _List(self._linears, found, self._kernels)
-        if self._fp8:
-            listed.set_balances(self._balances, self._smallest_scales, self._inner)
-        listed.write(self._balances, fp8=self._fp8)
+        with torch.no_grad():
+            if self._newest is None or self._newest[0] != places:
+                self._newest = places, _Table(self._linears, found, self._kernels)
+            table = self._newest[1]
+            table.set_strengths()
+            if self._fp8:
+                table.set_balances(self._balances, self._smallest_scales, self._inner)
+            table.write(self._balances, fp8=self._fp8)
+        if self._balances.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._recorded.append(table)
 
 
 def _places(linear: nn.Linear, factors: Factors | None) -> object:
-    """What a list depends on: where everything is, and how strong."""
+    """What a table depends on: where everything is, and how strong."""
     if factors is None:
         return None
     behind = getattr(linear, "behind", None)
@@ -119,7 +125,7 @@ def _places(linear: nn.Linear, factors: Factors | None) -> object:
     )  # fmt: skip
 
 
-class _List:
+class _Table:
     """Where factors come from and go to, for as long as nothing moves."""
 
     def __init__(self, linears: Sequence[nn.Linear], found: Sequence[Factors | None], kernels: Any) -> None:
@@ -156,18 +162,21 @@ class _List:
         beside = [entry.beside for entry in self._entries if entry.beside is not None]
         return [entry.low for entry in self._entries] + beside
 
+    def set_strengths(self) -> None:
+        """Take up each adapter's alpha."""
+        torch.mul(torch.stack([one.alpha for one in self._factors]), self._ratios, out=self._strengths[:-1])
+
     def set_balances(self, balances: Tensor, smallest_scales: Tensor, inner: Tensor) -> None:
-        """Set those of layers in the list by the largest numbers of their factors."""
+        """Set those of layers in the table by the largest numbers of their factors."""
         down = torch.stack(torch._foreach_norm([one.down for one in self._factors], torch.inf)).float()
         ups = torch._foreach_norm([up for one in self._factors for up in one.ups], torch.inf)
         up = torch.stack(ups).float()[self._owned].amax(dim=1)
-        up = up * self._set_strengths().abs() / smallest_scales[self._numbers]
+        up = up * self._strengths[:-1].abs() / smallest_scales[self._numbers]
         first, second = torch.stack((down, up), dim=1), torch.stack((up, down), dim=1)
         balances.index_copy_(0, self._numbers, carried.balanced(first, second, inner[self._numbers]))
 
     def write(self, balances: Tensor, *, fp8: bool) -> None:
-        """Write all of the list."""
-        self._set_strengths()
+        """Write all of the table."""
         if self._kernels is None:
             for entry in self._entries:
                 _write_by_formula(entry, balances.flatten(), self._strengths)
@@ -179,16 +188,12 @@ class _List:
                 rank=max(entry.source.shape[1] for entry in entries), source=first.source.dtype, low=first.low.dtype,
             )  # fmt: skip
 
-    def _set_strengths(self) -> Tensor:
-        strengths = self._strengths[:-1]
-        torch.mul(torch.stack([one.alpha for one in self._factors]), self._ratios, out=strengths)
-        return strengths
-
 
 def _entries(linear: nn.Linear, factors: Factors, *, balance: int, strength: int) -> Iterable[_Entry]:
     """`down` and the blocks of `up` of a layer; `balance` is the number of its first one."""
     out, inner = linear.out_features, linear.in_features
     room, fp8 = frozen.room_of(linear), frozen.is_scaled(linear)
+    assert linear.weight.data_ptr() == room.data_ptr(), "a model whose layers carry is not moved or copied"
     behind: Tensor | None = getattr(linear, "behind", None)
     if not fp8 and room.shape[0] > out:
         behind = room[out:, :inner].t()
@@ -211,6 +216,7 @@ def _addresses(
     entries: Sequence[_Entry], *, strengths: int, block: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """What each program of the kernel does, and the entries as it reads them: tables of whole numbers."""
+    along = 0 if entries[0].is_up else 1  # `down` lies column by column
     programs = [
         (number, part)
         for number, entry in enumerate(entries)
@@ -219,8 +225,9 @@ def _addresses(
     fields = [
         (
             entry.source.data_ptr(), entry.low.data_ptr(), _pointer(entry.beside), _pointer(entry.scale),
-            *entry.source.shape, entry.total, _stride(entry.source), _stride(entry.low),
-            0 if entry.beside is None else _stride(entry.beside), entry.balance, entry.strength % strengths,
+            *entry.source.shape, entry.total,
+            entry.source.stride(along), entry.low.stride(along), _step(entry.beside, along), entry.balance,
+            entry.strength % strengths,
         )
         for entry in entries
     ]  # fmt: skip
@@ -231,9 +238,11 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _stride(matrix: Tensor) -> int:
-    """Of rows, or of columns where it lies column by column."""
-    return max(matrix.stride())
+def _step(beside: Tensor | None, along: int) -> int:
+    """From row to row, or from column to column; in 8 bits rows are always what lies together."""
+    if beside is None:
+        return 0
+    return beside.stride(0 if beside.dtype == frozen.NARROW else along)
 
 
 def _write_by_formula(entry: _Entry, balances: Tensor, strengths: Tensor) -> None:
@@ -284,24 +293,31 @@ def _kernels(device: torch.device) -> Any:
             frozen.make_room(linear, rank, torch.bfloat16)
             made = []
             for ways in (kernels, None):
-                listed = _List([linear], [factors], ways)
-                listed.write(torch.full((1, 2), 0.5, device=device), fp8=fp8)
-                made.append([_told(target, rank) for target in listed.targets])
+                table = _Table([linear], [factors], ways)
+                table.set_strengths()
+                table.write(torch.full((1, 2), 0.5, device=device), fp8=fp8)
+                made.append([_values(target, rank) for target in table.targets])
             pairs += list(zip(*made, strict=True))
         return pairs
 
     return carried.kernel(device) and trusted("library.models.carried_kernel", check)
 
 
-def _told(target: Tensor, rank: int) -> Tensor:
+def _values(target: Tensor, rank: int) -> Tensor:
     """What has been written: in fp8 a rounding of the first number is made good by the second."""
     wide = target.float()
     return wide[:, :rank] + wide[:, rank : 2 * rank] if target.dtype == frozen.NARROW else wide
 
 
-def _works(device: torch.device) -> bool:
+def _works(device: torch.device, *, fp8: bool) -> bool:
     """Whether products may carry there: without kernels of its own a GPU is better off without."""
-    return device.type == "cpu" or (device.type == "cuda" and _kernels(device) is not None)
+    if device.type == "cpu":
+        return True
+    return device.type == "cuda" and _kernels(device) is not None and not (fp8 and skips_gaps(device))
+
+
+def _nothing() -> None:
+    return None
 
 
 def carry(linears: Iterable[nn.Linear], *, dtype: torch.dtype) -> Callable[[], None] | None:
@@ -312,11 +328,13 @@ def carry(linears: Iterable[nn.Linear], *, dtype: torch.dtype) -> Callable[[], N
     """
     layers: list[tuple[nn.Linear, Callable[[], Factors | None]]] = []
     for linear in linears:
-        asked = getattr(getattr(linear.forward, "__self__", None), "factors", None)
-        if not callable(asked) or not _works(linear.weight.device):
+        says: Callable[[], Factors | None] = getattr(
+            getattr(linear.forward, "__self__", None), "factors", _nothing
+        )
+        factors = says()
+        if factors is None or not _works(linear.weight.device, fp8=frozen.is_scaled(linear)):
             continue
-        factors: Factors | None = asked()
-        if factors is not None and frozen.make_room(linear, factors.rank, dtype):
-            layers.append((linear, asked))
+        if frozen.make_room(linear, factors.rank, dtype):
+            layers.append((linear, says))
     free_memory()  # what held the weights before
     return Carrying(layers).write if layers else None

@@ -43,7 +43,7 @@ LowRank = tuple[Tensor, Tensor]  # down [r, in] and up [out, r], strength includ
 Scaled = Literal["fp8", "int8"]
 
 NARROW = FP8
-_UNLIKE = 256  # a power of two, like the scales
+_SCALE_RANGE = 256  # of the rows of one weight that carries; a power of two, like the scales
 SCALED_DTYPES: dict[Scaled, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
 
 
@@ -104,6 +104,12 @@ def keep_transposed_copy(linear: nn.Linear) -> None:
             linear.register_buffer("behind", copy[:, linear.out_features :], persistent=False)
 
 
+def transposed_bytes(linear: nn.Linear) -> int:
+    """What that copy takes."""
+    behind: Tensor | None = getattr(linear, "behind", None)
+    return linear.weight.nbytes + (0 if behind is None else behind.nbytes)
+
+
 @torch.no_grad()
 def make_room(linear: nn.Linear, rank: int, dtype: torch.dtype) -> bool:
     """Give a prepared layer's weight room for factors of a low rank, where `library.models.carried` takes them along.
@@ -115,7 +121,7 @@ def make_room(linear: nn.Linear, rank: int, dtype: torch.dtype) -> bool:
     weight = linear.weight.detach()
     short = tuple(side <= carried.LONGEST for side in (linear.in_features, linear.out_features))
     fp8 = is_scaled(linear) and weight.dtype == FP8
-    if not any(short) or is_grouped(linear) or not (fp8 or weight.dtype == dtype):
+    if rank > carried.MOST or not any(short) or is_grouped(linear) or not (fp8 or weight.dtype == dtype):
         return False
     if fp8:
         weight = _with_like_scales(linear)
@@ -141,12 +147,12 @@ def make_room(linear: nn.Linear, rank: int, dtype: torch.dtype) -> bool:
 
 
 def _with_like_scales(linear: nn.Linear) -> Tensor:
-    """The fp8 weight; rows far smaller than the largest one get that row's scale over `_UNLIKE`.
+    """The fp8 weight; rows far smaller than the largest one get that row's scale over `_SCALE_RANGE`.
 
     What is carried along with a row is of a size of its own, and not to leave the range of the row's scale.
     """
     weight, scale = linear.weight.detach(), scale_of(linear)
-    limited = scale.clamp(min=scale.max() / _UNLIKE)
+    limited = scale.clamp(min=scale.max() / _SCALE_RANGE)
     if bool((limited != scale).any()):
         weight = to_8_bits(weight.float() * (scale / limited).to(weight.device).T, FP8)
         _set_scale(linear, limited)
@@ -199,7 +205,10 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _joining_forward(self: nn.Linear, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
-    """`nn.Linear.forward` and the low-rank product, in autocast's dtype if on, else in that of `x`."""
+    """`nn.Linear.forward` and the low-rank product, in autocast's dtype if on, else in that of `x`.
+
+    A layer that carries multiplies with the factors as `library.models.carrying` last wrote them.
+    """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x = x.to(dtype)

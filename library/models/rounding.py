@@ -15,7 +15,7 @@ FP8 = torch.float8_e4m3fn
 LARGEST = {FP8: 448.0, torch.int8: 127.0}
 SMALLEST_SCALE = 2.0**-100  # of a row of zeros
 _LEAST_CAPABILITY = (8, 9)  # of an NVIDIA GPU that has fp8
-_CHECKED_ROWS = (80, 4112)  # numbers: a row that the kernel holds whole, and one that it reads twice
+_CHECKED_ROWS = (80, 4112, 16400)  # numbers: rows that the kernel holds whole, and one that it reads twice
 
 
 def round_rows(x: Tensor, dtype: torch.dtype, by_column: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,8 @@ def _kernel(device: torch.device) -> Any:
         pairs = []
         for columns in _CHECKED_ROWS:
             x = torch.linspace(-3, 5, 4 * columns, device=device).view(4, -1).to(torch.bfloat16)
-            for weights in (None, torch.linspace(0.5, 2, columns, device=device)[None]):
+            column = torch.linspace(0.5, 2, columns, device=device)[None]
+            for weights in (None, column, column.bfloat16()):
                 made = kernel.round_rows(x, weights, SMALLEST_SCALE)
                 wanted = _by_formula(x, FP8, weights)
                 pairs.append((made[0].float() * made[1], wanted[0].float() * wanted[1]))

@@ -160,6 +160,7 @@ class StepGraphs:
 
     def _forget(self) -> None:
         self._recorded.clear()
+        self._seen.clear()  # what lies elsewhere is looked up in ordinary steps first
         self._pool = None
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

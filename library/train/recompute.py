@@ -130,7 +130,7 @@ def choose(
         blocks, number, costs.kept[-1] / 1e9, max(0, room.bytes - costs.all_recomputed) / 1e9,
     )  # fmt: skip
     linears = [linear for linear in block_linears(transformer) if frozen.is_scaled(linear)]
-    copies = sum(linear.weight.nbytes for linear in linears)
+    copies = sum(frozen.transposed_bytes(linear) for linear in linears)
     if blocks == 0 and transformer.swap is None and room(costs.of(0) + copies):
         for linear in linears:
             frozen.keep_transposed_copy(linear)

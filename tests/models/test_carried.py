@@ -11,6 +11,7 @@ from torch import nn
 from library.config.sections.network import NetworkConfig
 from library.models import carried, carrying, frozen
 from library.models.precision import block_linears
+from library.models.scaled_mm import skips_gaps
 from networks.interface import create
 from networks.layers import Dropouts, Factors, LoRALinear
 
@@ -264,13 +265,10 @@ def test_the_transposed_copy_may_come_later():
         torch.testing.assert_close(second[name], expected)
 
 
-def test_weights_may_be_elsewhere_for_a_while_and_a_recorded_step_finds_its_list_again():
-    """As when a validation looks at averaged weights."""
+def test_weights_may_be_elsewhere_for_a_while():
     model = applied()
     model.before_forward = carrying.carry(block_linears(model), dtype=torch.float32)
-    kept = model.before_forward.__self__
     first = outcome(model)
-    (listed,) = kept._lists.values()
     own = {name: parameter.data for name, parameter in model.network.module.named_parameters()}
     for parameter in model.network.module.parameters():
         parameter.data = parameter.data * 2
@@ -278,10 +276,31 @@ def test_weights_may_be_elsewhere_for_a_while_and_a_recorded_step_finds_its_list
     for name, parameter in model.network.module.named_parameters():
         parameter.data = own[name]
     again = outcome(model)
-    assert listed in kept._lists.values()
-    assert len(kept._lists) == 2
     for name, expected in first.items():
         torch.testing.assert_close(again[name], expected)
+
+
+def test_a_strength_of_zero_is_written_where_something_is_trained():
+    model, plain = applied(), applied()
+    for one in (model, plain):
+        one.before_forward = carrying.carry(block_linears(one), dtype=torch.float32) if one is model else None
+    outcome(model)
+    outs = []
+    for one in (model, plain):
+        one.network.set_multiplier(0.0)
+        outs.append(one(**flux_inputs(PARAMS)))
+    assert difference(*outs) < 0.01
+
+
+def test_high_ranks_are_joined_as_before():
+    linear = nn.Linear(INNER, OUTER)
+    frozen.install_joining(linear)
+    assert not frozen.make_room(linear, carried.MOST + 1, torch.float32)
+    assert frozen.make_room(linear, carried.MOST, torch.float32)
+
+
+def test_an_fp8_product_of_rows_that_lie_apart_is_tried():
+    assert not skips_gaps(torch.device("cpu"))
 
 
 def test_what_comes_between_the_factors_is_not_carried():
@@ -291,3 +310,16 @@ def test_what_comes_between_the_factors_is_not_carried():
             module.dropouts = Dropouts(rank=0.1)
     assert carrying.carry(block_linears(model), dtype=torch.float32) is None
     assert not any(frozen.carries(linear) for linear in block_linears(model))
+
+
+def test_what_comes_between_the_factors_later_is_joined():
+    model, plain = applied(), applied()
+    model.before_forward = carrying.carry(block_linears(model), dtype=torch.float32)
+    outs = []
+    for one in (model, plain):
+        for module in one.network.module.modules():
+            if isinstance(module, LoRALinear):
+                module.dropouts = Dropouts(rank=0.1)
+        torch.manual_seed(0)
+        outs.append(one.train()(**flux_inputs(PARAMS)))
+    assert difference(*outs) < 0.01

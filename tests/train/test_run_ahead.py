@@ -101,6 +101,23 @@ def test_reports_and_weights_are_those_of_steps_read_at_once():
 GGPO = ("--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_the_host_waits_for_nothing_while_it_gives_a_step_to_the_gpu(graphs):
+    """A GPU that is kept busy is busy still when the whole of a step is queued behind that."""
+    with trainer("--cuda_graphs", graphs, "--optimizer_args", "fused=True") as (made, stream):
+        for _ in range(4):  # kernels are compiled, memory is found, the third one is recorded
+            made.optimizer_step(stream)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2 * 10**9)  # cycles: a second
+        busy = torch.cuda.Event()
+        busy.record()
+        launched = made.launch(stream)
+        assert not busy.query()
+        report, _ = made.settle(launched)
+        assert math.isfinite(report.loss)
+
+
 def test_norms_of_a_network_come_with_the_report_and_hold_nobody_up():
     def run(*, ahead: bool) -> tuple[Log, list[dict[str, float]]]:
         with trainer(*GGPO) as (made, stream):
