@@ -57,4 +57,4 @@ def skips_gaps(device: torch.device) -> bool:
         multiply(one, torch.ones(256, 1, device=device), other.t(), None, None)
         for one, other in ((first, second), (first.contiguous(), second.contiguous()))
     )
-    return not torch.allclose(apart, together, rtol=0.02, atol=0.02)
+    return not bool((apart - together).abs().max() < 0.02 * together.abs().max())
