@@ -24,7 +24,8 @@ class StopRequest:
     """Remembers whether a stop signal came. Handlers are installed by `install`, never at import."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked: str | None = None  # the first signal's name
+        self._said = False
         self._interrupted: float | None = None  # when the first SIGINT came, by the monotonic clock
 
     def install(self) -> None:
@@ -33,7 +34,14 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
-        return self._asked
+        """Whether one came; says so the first time it is asked.
+
+        A handler may not: it can come in the middle of writing the very log that it would write to.
+        """
+        if self._asked is not None and not self._said:
+            self._said = True
+            logger.warning("%s: finishing this step, then saving the state", self._asked)
+        return self._asked is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -45,6 +53,4 @@ class StopRequest:
                     "from there"
                 )
             self._interrupted = self._interrupted or now
-        if not self._asked:
-            logger.warning("%s: finishing this step, then saving the state", signal.Signals(number).name)
-        self._asked = True
+        self._asked = self._asked or signal.Signals(number).name

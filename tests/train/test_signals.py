@@ -26,3 +26,20 @@ def test_a_second_ctrl_c_stops_at_once_unless_it_is_the_launchers_echo(monkeypat
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_a_signal_is_spoken_of_only_when_asked_for(our_warnings):
+    """It may come in the middle of writing the log."""
+    handlers = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    stop = signals.StopRequest()
+    try:
+        stop.install()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert not our_warnings
+        assert stop()
+        assert stop()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert our_warnings == ["SIGTERM: finishing this step, then saving the state"]
