@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from library.models.aside import Aside
 from library.models.kernels import trusted
-from library.models.rounding import FP8, LARGEST, SMALLEST_SCALE, to_8_bits
+from library.models.rounding import FP8, LARGEST, SMALLEST_SCALE, has_fp8, to_8_bits
 from library.models.scaled_mm import multiply
 
 LONGEST = 4096  # of a row of the first factor: it is copied, and the product of long ones is narrow
@@ -127,10 +127,8 @@ def _by_formula(
 @cache
 def kernel(device: torch.device) -> Any:
     """The kernels of an NVIDIA GPU, or None where they cannot be trusted."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return None
-    fp8 = capability >= (8, 9)
 
     def check(kernel: Any) -> list[tuple[Tensor, Tensor]]:
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -142,7 +140,7 @@ def kernel(device: torch.device) -> Any:
             pairs += [(kernel.thin(x, one), x @ one.t()) for one in (first, first.t().contiguous().t())]
         x = torch.linspace(-3, 5, 4 * 80, device=device).view(4, -1).to(torch.bfloat16)
         hidden = torch.linspace(-40, 60, 20, device=device).view(4, -1).to(torch.bfloat16)
-        for balance in (None, torch.full((1,), 0.5, device=device))[: 1 + fp8]:
+        for balance in (None, torch.full((1,), 0.5, device=device))[: 1 + has_fp8(device)]:
             dtype = torch.bfloat16 if balance is None else FP8
             widths = columns(hidden.shape[1], dtype), used_columns(hidden.shape[1], dtype)
             by_column = None if balance is None else torch.linspace(0.5, 2, 80, device=device)[None]

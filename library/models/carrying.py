@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from library.models import carried, frozen
 from library.models.kernels import trusted
 from library.models.memory import free_memory
+from library.models.rounding import has_fp8
 from library.models.scaled_mm import skips_gaps
 
 
@@ -284,7 +285,7 @@ def _kernels(device: torch.device) -> Any:
             down, [up[:, : rank // 2].contiguous() for up in ups], torch.tensor(3.0, device=device), rank, 1.0
         )
         pairs = []
-        for fp8 in (False, True)[: 1 + (torch.cuda.get_device_capability(device) >= (8, 9))]:
+        for fp8 in (False, True)[: 1 + has_fp8(device)]:
             linear = nn.Linear(inner, out, bias=False, device="meta")  # draws nothing
             ones = torch.ones(out, inner, device=device, dtype=torch.bfloat16)
             linear.weight = nn.Parameter(ones, requires_grad=False)
@@ -336,5 +337,7 @@ def carry(linears: Iterable[nn.Linear], *, dtype: torch.dtype) -> Callable[[], N
             continue
         if frozen.make_room(linear, factors.rank, dtype):
             layers.append((linear, says))
+    if not layers:
+        return None
     free_memory()  # what held the weights before
-    return Carrying(layers).write if layers else None
+    return Carrying(layers).write

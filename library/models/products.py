@@ -104,7 +104,7 @@ class ScaledProduct(torch.autograd.Function):
         rounded = by_token = grad_x = grad_down = grad_up = None
         if needs_input:
             if weight.dtype == FP8:  # cuBLAS multiplies fp8 with a second factor that lies column by column
-                weight = (weight.t().contiguous() if transposed is None else transposed).t()
+                weight = (transposed_copy(weight) if transposed is None else transposed).t()
             # The rows' scales belong to the inner dimension here, so they join the gradient before it is rounded.
             rounded, by_token = round_rows(grad, weight.dtype, columns)
         if up is not None:
@@ -122,7 +122,7 @@ class CarriedProduct(torch.autograd.Function):
     `low_down` and `low_up` are the factors as they are multiplied, which are in the room as well; of `down` and `up`
     themselves only the gradients are made. `room` is W's storage. An fp8 W has `scale` [1, out], the same as `columns`
     of a gradient, `balance`, maybe its second copy `transposed` with room of its own, and `behind` [in, P], what is or
-    is to be in that room. Where a side is too long there is no room, and the product is joined.
+    is to be in that room. Where a side is too long there is none for that direction, and the product is joined.
     """
 
     @staticmethod
@@ -135,14 +135,14 @@ class CarriedProduct(torch.autograd.Function):
         up: Tensor,
         low_down: Tensor,
         low_up: Tensor,
-        room: Tensor | None,
+        room: Tensor,
         scale: Tensor | None,
         columns: Tensor | None,
         balance: Tensor | None,
         transposed: Tensor | None,
         behind: Tensor | None,
     ) -> Tensor:
-        if room is not None and room.shape[1] > x.shape[1]:
+        if room.shape[1] > x.shape[1]:
             out, hidden = _operator("carried")(x, room, scale, bias, low_down, low_up, balance)
         else:
             rounded, by_token = (None, None) if scale is None else round_rows(x, weight.dtype)
@@ -161,7 +161,7 @@ class CarriedProduct(torch.autograd.Function):
             if needs_input and transposed is None:
                 transposed = transposed_copy(weight, behind)
             room = None if behind is None else transposed
-        elif room is not None and room.shape[0] == grad.shape[1]:
+        elif room.shape[0] == grad.shape[1]:
             room = None
         if room is not None and needs_input:
             grad_x, grad_down, grad_up = _operator("carried_backward")(

@@ -40,10 +40,15 @@ def to_8_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.round().to(dtype) if dtype == torch.int8 else x.to(dtype)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether an NVIDIA GPU has it."""
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+
+
 @cache
 def _kernel(device: torch.device) -> Any:
     """The kernel, or None where it cannot be trusted."""
-    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+    if not has_fp8(device):
         return None  # no fault to warn of: a product is refused there, and `base_compute = "auto"` takes int8
 
     def check(kernel: Any) -> list[tuple[Tensor, Tensor]]:

@@ -9,9 +9,8 @@ from torch import library as operators
 from torch import nn
 
 from library.config.sections.network import NetworkConfig
-from library.models import carried, carrying, frozen
+from library.models import carried, carrying, frozen, scaled_mm
 from library.models.precision import block_linears
-from library.models.scaled_mm import skips_gaps
 from networks.interface import create
 from networks.layers import Dropouts, Factors, LoRALinear
 
@@ -299,8 +298,17 @@ def test_high_ranks_are_joined_as_before():
     assert frozen.make_room(linear, carried.MOST, torch.float32)
 
 
-def test_an_fp8_product_of_rows_that_lie_apart_is_tried():
-    assert not skips_gaps(torch.device("cpu"))
+def test_a_card_whose_fp8_products_skip_gaps_between_rows_is_found_out(monkeypatch):
+    def packed(x, by_row, second, *others):
+        """As kernels do that take the number of columns for the step from row to row."""
+        one, other = (t.as_strided(t.shape, (t.shape[1], 1)) for t in (x, second.t()))
+        return multiply(one, by_row, other.t(), *others)
+
+    found_out, cpu = scaled_mm.skips_gaps.__wrapped__, torch.device("cpu")
+    assert not found_out(cpu)
+    multiply = scaled_mm.multiply
+    monkeypatch.setattr(scaled_mm, "multiply", packed)
+    assert found_out(cpu)
 
 
 def test_what_comes_between_the_factors_is_not_carried():
